@@ -1,0 +1,66 @@
+"""The errors a person can meet, and the reason codes a row can carry.
+
+Kept apart so that every room can raise them without importing another room.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Why a row has no embedding: the values of the ``image_error`` column.
+
+    The codes are part of the output format: add to them, never rename them.
+    """
+
+    NO_IMAGE = "no_image"  # the row has no sample, or its sample has no image
+    EMPTY = "empty"  # zero bytes
+    NOT_AN_IMAGE = "not_an_image"  # HTML, text, garbage: no known image signature
+    UNSUPPORTED = "unsupported_format"  # a real image format that no decoder here reads (SVG, ...)
+    TRUNCATED = "truncated"  # the data ends early
+    CORRUPT = "corrupt"  # a known format whose data does not decode
+    TOO_LARGE = "too_large"  # more pixels (decoded or resized) than the limit
+    READ_ERROR = "read_error"  # the bytes could not be read from disk or network
+    AMBIGUOUS_ID = "ambiguous_id"  # an id occurs n times in the table and m times among the samples
+    EMBED_ERROR = "embed_error"  # a custom embedder returned nothing for this row
+
+
+class CuratorEmbedError(Exception):
+    """Base class of all errors raised on purpose by this package."""
+
+
+class UsageError(CuratorEmbedError, ValueError):
+    """The call cannot be carried out as asked; the message says what to change."""
+
+
+class MissingExtra(CuratorEmbedError, ImportError):
+    """An optional package is not installed; the message names the extra to install."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed. "
+            f"Install it with: pip install 'curator-embed[{extra}]'"
+        )
+
+
+class SourceError(CuratorEmbedError):
+    """A shard's files cannot be used; the message names the file and the remedy."""
+
+    def __init__(self, path: str, problem: str, remedy: str) -> None:
+        self.path, self.problem, self.remedy = path, problem, remedy
+        super().__init__(path, problem, remedy)
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}. {self.remedy}"
+
+
+class ImageError(CuratorEmbedError):
+    """One image cannot be decoded. Carries a stable code and, apart from it, detail for people."""
+
+    def __init__(self, reason: Reason, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(reason, detail)
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else str(self.reason)

@@ -1,0 +1,94 @@
+"""What every source produces: shards of samples. Kept apart from the sources so that
+execution knows only this page.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from curator_embed.errors import Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample as it is stored: an id, the encoded image, and what lies beside it.
+
+    Attributes:
+        key: the sample's own id within its shard (a webdataset key, a line of a path list).
+        image: the encoded bytes of its image; ``None`` when it has none, or when ``error`` says why not.
+        error: set when the source itself could not provide the bytes.
+        detail: for people, to go with ``error``; never stored in the output.
+        extras: small text members beside the image (``{"txt": "...", "json": {...}}``), parsed;
+            filled only when the shard was asked for them.
+    """
+
+    key: str
+    image: bytes | None
+    error: Reason | None = None
+    detail: str = ""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something worth telling about a shard that costs no row: a stale index, extra images."""
+
+    shard: str
+    path: str
+    message: str
+
+
+class Shard(ABC):
+    """The unit of work, of parallelism and of recovery. Picklable, small, and immutable.
+
+    ``samples`` is called once per run and read to its end by one thread; a source that wants
+    to read ahead does so inside. Samples come in the order the source stores them.
+    """
+
+    name: str
+    """Unique within the dataset; the stem of the output file."""
+
+    @abstractmethod
+    def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
+        """Yield every sample, bad ones too.
+
+        Args:
+            id_col: the dataset's id column. When it is not the source's own key, ``Sample.key`` is
+                the value stored under that name beside the image, as text.
+            extras: also parse the small members beside the image (captions, json).
+
+        Raises:
+            SourceError: the source cannot be used at all (not a tar, no access, ...).
+        """
+
+    @abstractmethod
+    def table_path(self) -> str | None:
+        """Where the shard's metadata parquet lies, or None when it has none."""
+
+    @abstractmethod
+    def image_source(self) -> str | None:
+        """The URL or path that holds the images, for messages; None when the images are missing."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """Identify the stored samples without reading them: size and mtime_ns or etag of the tar.
+
+        Plain JSON values. Two equal fingerprints mean: the same samples.
+        """
+
+    def row_estimate(self) -> int | None:
+        """Number of samples when it is known cheaply (an index, a parquet footer); else None."""
+        return None
+
+    def table_from_extras(self, samples: list[Sample]) -> pa.Table | None:
+        """Build a metadata table for a shard that has none, from its samples' extras."""
+        return None
+
+    def notes(self) -> list[Note]:
+        """What the last pass over ``samples`` noticed."""
+        return []

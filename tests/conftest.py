@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests: where the real photographs are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPO.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real material that lies beside a developer's checkout; skips where it is absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"real material not present: {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def wheel_photos() -> list[Path]:
+    """Photographs that scikit-image and scikit-learn carry in their wheels, sorted by name."""
+    skimage = pytest.importorskip("skimage")
+    sklearn = pytest.importorskip("sklearn")
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
+    found = [Path(skimage.__file__).parent / "data" / name for name in names]
+    found += sorted((Path(sklearn.__file__).parent / "datasets" / "images").glob("*.jpg"))
+    return sorted((path for path in found if path.is_file()), key=lambda path: path.name)

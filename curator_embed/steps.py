@@ -53,6 +53,16 @@ class BatchStep(Step):
         """Resize and crop one image to the model's input, uint8 (3, H, W); runs in a decode thread."""
 
     @abstractmethod
+    def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> BatchStep:
+        """A copy whose threads and compile are fixed for a whole run, so that all workers give the same bytes.
+
+        Args:
+            threads: of the forward pass on a CPU.
+            compile: take over this choice (a resumed run); None to decide now.
+            images: how many will be embedded, to decide whether compiling repays; None when not known.
+        """
+
+    @abstractmethod
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         """Build the model on this worker; called once per worker and configuration."""
 

@@ -71,6 +71,10 @@ class Shard(ABC):
         """Where the shard's metadata parquet lies, or None when it has none."""
 
     @abstractmethod
+    def with_table(self, path: str) -> Shard:
+        """The same images with another metadata parquet."""
+
+    @abstractmethod
     def image_source(self) -> str | None:
         """The URL or path that holds the images, for messages; None when the images are missing."""
 

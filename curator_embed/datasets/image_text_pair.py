@@ -1,0 +1,264 @@
+"""``ImageTextPairDataset``: an ordered list of shards, an id column, and the steps still to run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from curator_embed.errors import UsageError
+from curator_embed.execution.shard_run import ShardJob
+from curator_embed.sources.shard import Shard
+from curator_embed.sources.webdataset import find_shards
+from curator_embed.steps import BatchStep, Step
+
+if TYPE_CHECKING:
+    import dask.dataframe as dd
+
+    from curator_embed.datasets.export import ExportReport
+    from curator_embed.execution.report import RunReport
+    from curator_embed.execution.run import RunPlan
+
+
+class ImageTextPairDataset:
+    """Images, their metadata, and columns that are still to be computed.
+
+    Datasets are made by ``from_webdataset`` and grow by calling steps on them; nothing is read or
+    computed before ``save_metadata``, ``to_webdataset`` or ``metadata`` asks for it. Every operation
+    returns a new dataset; the one exception is ``save_metadata``, after which the saved object reads
+    its metadata from where it was saved.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        id_col: str,
+        steps: Sequence[Step] = (),
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._shards, self.id_col, self._steps = tuple(shards), id_col, tuple(steps)
+        self.storage_options = dict(storage_options or {})
+        self._metadata: dd.DataFrame | None = None
+        self._metadata_as_read: Any = None
+
+    @classmethod
+    def from_webdataset(
+        cls,
+        path: str | Sequence[str],
+        id_col: str = "key",
+        *,
+        metadata_path: str | None = None,
+        use_index_files: bool = False,
+        key_split: Literal["auto", "first", "last"] = "auto",
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> ImageTextPairDataset:
+        """Open a folder of webdataset shards: ``00000.tar`` with ``00000.parquet`` beside it, or tars alone.
+
+        Args:
+            path: a folder, one tar, a glob, a brace range (``{00000..00012}.tar``) or a list of tars; local
+                or any fsspec URL.
+            id_col: the column by which rows and samples meet. ``"key"`` is the tar's own key; any other name
+                is looked up in the sample's json member.
+            metadata_path: where the parquet files lie, when not beside the tars.
+            use_index_files: let ``.idx`` files beside the tars say which samples count (a subset is honoured).
+            key_split: where a member's name ends its key: at the "first" dot as webdataset has it, at the
+                "last" one, or "auto": the last only where the table's ids contain dots.
+            storage_options: handed on to fsspec.
+
+        Raises:
+            UsageError: nothing there, or nothing that looks like shards.
+        """
+        shards: list[Shard] = list(
+            find_shards(
+                path, id_col=id_col, storage_options=storage_options, use_index_files=use_index_files,
+                key_split=key_split,
+            )
+        )
+        if metadata_path is not None:
+            shards = [shard.with_table(f"{metadata_path.rstrip('/')}/{shard.name}.parquet") for shard in shards]
+        return cls(shards, id_col, storage_options=storage_options)
+
+    # -- what it is ------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The shards, in order."""
+        return self._shards
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps still to run, in order."""
+        return self._steps
+
+    @property
+    def tar_files(self) -> list[str]:
+        """Where the images lie, a tar each, for shards that have one."""
+        return [source for shard in self._shards if (source := shard.image_source()) is not None]
+
+    def __repr__(self) -> str:
+        pending = ", ".join(name for step in self._steps for name in step.columns())
+        return (
+            f"ImageTextPairDataset({len(self._shards)} shards, id_col={self.id_col!r}"
+            f"{f', pending: {pending}' if pending else ''})"
+        )
+
+    def with_step(self, step: Step) -> ImageTextPairDataset:
+        """A new dataset with one more pending step.
+
+        Raises:
+            UsageError: a pending step already writes a column of that name.
+        """
+        taken = {name for pending in self._steps for name in pending.columns()}
+        doubled = [name for name in step.columns() if name in taken]
+        if doubled:
+            raise UsageError(
+                f"two steps would write the column '{doubled[0]}'; give one of them another column name "
+                "(image_embedding_column=...)"
+            )
+        return self._like(self._shards, (*self._steps, step))
+
+    def _like(self, shards: Sequence[Shard], steps: Sequence[Step]) -> ImageTextPairDataset:
+        return ImageTextPairDataset(shards, self.id_col, steps, storage_options=self.storage_options)
+
+    # -- runs --------------------------------------------------------------------------------
+
+    @property
+    def metadata(self) -> dd.DataFrame:
+        """The metadata as a Dask DataFrame, one partition a shard; cuDF on a GPU cluster, else pandas.
+
+        Columns of pending steps are in it and are computed when the frame is. Its dtypes are Arrow's, so
+        that nulls and integers stay what they are. Columns assigned to it (``dataset.metadata["keep"] = ...``)
+        are seen by ``to_webdataset`` and written by ``save_metadata``.
+        """
+        if self._metadata is None:
+            from curator_embed.datasets.frames import metadata_frame
+
+            self._metadata = metadata_frame(self._shards, self._job(None))
+            self._metadata_as_read = self._metadata.copy()
+        return self._metadata
+
+    @metadata.setter
+    def metadata(self, frame: dd.DataFrame) -> None:
+        if frame.npartitions != len(self._shards):
+            raise UsageError(
+                f"the new metadata has {frame.npartitions} partitions for {len(self._shards)} shards; "
+                "change columns, not the partitioning"
+            )
+        self.metadata  # noqa: B018  remember what was read, to know later what was added
+        self._metadata = frame
+
+    def _job(
+        self,
+        output: str | None,
+        columns: Sequence[str] | None = None,
+        on_error: Literal["keep", "drop", "raise"] = "keep",
+        overwrite: bool = False,
+    ) -> ShardJob:
+        threads = [step.num_threads_per_worker for step in self._steps if hasattr(step, "num_threads_per_worker")]
+        return ShardJob(
+            steps=self._steps,
+            id_col=self.id_col,
+            output=None if output is None else str(output),
+            select=None if columns is None else tuple(columns),
+            on_error=on_error,
+            overwrite=overwrite,
+            decode_threads=max(threads, default=4),
+            storage_options=self.storage_options,
+        )
+
+    def save_metadata(
+        self,
+        path: str | None = None,
+        columns: Sequence[str] | None = None,
+        *,
+        on_error: Literal["keep", "drop", "raise"] = "keep",
+        overwrite: bool = False,
+        certify: bool = False,
+        limit: int | None = None,
+        progress: bool = True,
+    ) -> RunReport:
+        """Compute what is pending and write it: one parquet a shard, whole or not at all.
+
+        A run that was stopped or killed is finished by calling this again: shards that are done are
+        recognised by their footers and skipped.
+
+        Args:
+            path: a folder for a new set of parquet files; None adds the columns to the dataset's own.
+            columns: which of the input's columns a new path gets (the id and the new columns always come
+                along); in place nothing is ever dropped.
+            on_error: rows whose image failed are kept with a null and a reason in ``image_error``, dropped
+                (needs a path), or end the run.
+            overwrite: replace files and columns that are in the way: made another way, or by someone else.
+            certify: compare the preprocessing with the model's own on a sample of the images, and put the
+                figures into the report.
+            limit: work on the first ``limit`` rows only (needs a path).
+            progress: show a progress bar.
+
+        Returns:
+            The report; ``report.dataset`` is the saved dataset.
+
+        Raises:
+            UsageError: the call cannot be carried out as asked; nothing was changed.
+            RunStopped: not all shards could be finished; what was finished is kept.
+        """
+        from curator_embed.datasets.saving import save
+
+        return save(
+            self, path, columns, on_error=on_error, overwrite=overwrite, certify=certify, limit=limit, progress=progress
+        )
+
+    def plan(self, path: str | None = None, *, limit: int | None = None, overwrite: bool = False) -> RunPlan:
+        """What ``save_metadata`` would do: shards and rows left, bytes to write, what stands in the way."""
+        from curator_embed.datasets.saving import plan
+
+        return plan(self, path, limit=limit, overwrite=overwrite)
+
+    def to_webdataset(
+        self,
+        path: str,
+        filter_column: str,
+        samples_per_shard: int = 10000,
+        max_shards: int = 5,
+        old_id_col: str | None = None,
+        *,
+        overwrite: bool = False,
+        progress: bool = True,
+    ) -> ExportReport:
+        """Write the samples whose ``filter_column`` is true as new shards, their encoded bytes untouched.
+
+        Args:
+            path: an empty or new folder (any fsspec URL).
+            filter_column: a boolean column of the metadata; null counts as false.
+            samples_per_shard: samples in each new tar.
+            max_shards: digits of the new shards' names: 5 gives 00000.tar.
+            old_id_col: keep the previous ids in a column of this name. New ids are the shard's digits
+                followed by the sample's, as img2dataset numbers them.
+            overwrite: write into a folder that already holds shards.
+            progress: show a progress bar.
+        """
+        from curator_embed.datasets.export import export
+
+        return export(
+            self, str(path), filter_column, samples_per_shard, max_shards, old_id_col,
+            overwrite=overwrite, progress=progress,
+        )
+
+    def added_columns(self) -> list[str]:
+        """Columns that were assigned to ``metadata`` and are in no file yet."""
+        if self._metadata is None or self._metadata_as_read is None:
+            return []
+        return [name for name in self._metadata.columns if name not in set(self._metadata_as_read.columns)]
+
+    def _read_from(self, saved: ImageTextPairDataset) -> None:
+        """After a save: this object reads from there as well, with nothing pending."""
+        self._shards, self._steps = saved._shards, ()
+        self._metadata = self._metadata_as_read = None
+
+
+def wants_gpu(steps: Sequence[Step]) -> bool:
+    """Whether any pending step has a model that could use one."""
+    return any(isinstance(step, BatchStep) for step in steps)
+
+
+_ = dataclasses

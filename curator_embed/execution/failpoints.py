@@ -1,0 +1,38 @@
+"""Named points of a shard's life at which a test can kill the process.
+
+Set ``CURATOR_EMBED_FAILPOINT=NAME`` or ``NAME:K`` (the K-th time, counted per process) and the
+process dies by SIGKILL there, as a power cut would have it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+NAMES = (
+    "shard.started",
+    "shard.read",
+    "shard.embedded",
+    "output.temporary_opened",
+    "output.temporary_written",
+    "output.replaced",
+    "shard.finished",
+)
+
+_lock = threading.Lock()
+_hits: dict[str, int] = {}
+
+
+def failpoint(name: str) -> None:
+    """Die here when the environment says so; else do nothing."""
+    wanted = os.environ.get("CURATOR_EMBED_FAILPOINT")
+    if not wanted:
+        return
+    target, _, nth = wanted.partition(":")
+    if target != name:
+        return
+    with _lock:
+        _hits[name] = _hits.get(name, 0) + 1
+        if _hits[name] == int(nth or 1):
+            os.kill(os.getpid(), signal.SIGKILL)

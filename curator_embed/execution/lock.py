@@ -1,0 +1,152 @@
+"""One run at a time holds a dataset's output.
+
+The lock is a small file with an owner and an expiry beside the output. A run that was killed does
+not block the next: on the same machine its process is seen to be gone, elsewhere its lock expires.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+import psutil
+
+from curator_embed.errors import CuratorEmbedError
+from curator_embed.execution.output import Location
+
+LIFETIME_S = 120.0
+RENEW_EVERY_S = 20.0
+
+
+class OutputLocked(CuratorEmbedError):
+    """Another run is writing to this output; the message says who and until when."""
+
+
+class OutputLock:
+    """Hold ``folder``'s lock for the length of a ``with`` block, renewing it in the background."""
+
+    def __init__(self, folder: Location) -> None:
+        self.file = Location(folder.fs, f"{folder.path.rstrip('/')}/_curator_embed/lock.json")
+        self.token = secrets.token_hex(8)
+        self.lost = threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> OutputLock:
+        for _ in range(3):
+            if self._create():
+                self._thread = threading.Thread(target=self._renew, name="output-lock", daemon=True)
+                self._thread.start()
+                return self
+            owner = self._read()
+            if owner is not None and _alive(owner):
+                raise OutputLocked(
+                    f"{self.file.parent}: another run holds this output: process {owner.get('pid')} on "
+                    f"{owner.get('host')}, started {owner.get('started')}. Wait for it, or stop it and run again "
+                    f"(a lock left behind on another machine expires {LIFETIME_S:.0f} s after its last sign of life)."
+                )
+            self._remove(owner)
+        raise OutputLocked(f"{self.file.path}: could not be taken; another run is starting on the same output.")
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        owner = self._read()
+        if owner is not None and owner.get("token") == self.token:
+            with suppress(OSError):
+                self.file.fs.rm_file(self.file.path)
+
+    def _content(self) -> bytes:
+        now = time.time()
+        me = psutil.Process()
+        content = {
+            "token": self.token,
+            "host": socket.gethostname(),
+            "pid": me.pid,
+            "process_started": me.create_time(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)),
+            "expires": now + LIFETIME_S,
+        }
+        return json.dumps(content).encode()
+
+    def _create(self) -> bool:
+        """Create the file if nobody has; False when it exists."""
+        if self.file.is_local:
+            os.makedirs(self.file.parent, exist_ok=True)
+            # Written aside and linked into place: a reader never sees half a lock, and only one link succeeds.
+            aside = f"{self.file.path}.{self.token}"
+            with open(aside, "wb") as file:
+                file.write(self._content())
+            try:
+                os.link(aside, self.file.path)
+            except FileExistsError:
+                return False
+            finally:
+                os.unlink(aside)
+            return True
+        if self._read() is not None:
+            return False
+        try:
+            self.file.fs.pipe_file(self.file.path, self._content(), mode="create")
+        except FileExistsError:
+            return False
+        except (TypeError, NotImplementedError, ValueError):
+            self.file.fs.pipe_file(self.file.path, self._content())
+        owner = self._read()
+        return owner is not None and owner.get("token") == self.token
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            if not self.file.is_local:
+                self.file.fs.invalidate_cache()
+            value = json.loads(self.file.fs.cat_file(self.file.path))
+            return value if isinstance(value, dict) else {}
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return {}
+
+    def _remove(self, seen: dict[str, Any] | None) -> None:
+        """Remove a dead run's lock, unless another run was faster."""
+        current = self._read()
+        if current is not None and current == seen:
+            with suppress(FileNotFoundError):
+                self.file.fs.rm_file(self.file.path)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEW_EVERY_S):
+            owner = self._read()
+            if owner is None or owner.get("token") != self.token:
+                self.lost.set()
+                return
+            renewed = {**owner, "expires": time.time() + LIFETIME_S}
+            with suppress(OSError):
+                if self.file.is_local:
+                    aside = f"{self.file.path}.{self.token}"
+                    with open(aside, "wb") as file:
+                        file.write(json.dumps(renewed).encode())
+                    os.replace(aside, self.file.path)
+                else:
+                    self.file.fs.pipe_file(self.file.path, json.dumps(renewed).encode())
+
+
+def _alive(owner: dict[str, Any]) -> bool:
+    """Whether the run that wrote this lock may still be working."""
+    if owner.get("expires", 0.0) < time.time():
+        return False
+    if owner.get("host") != socket.gethostname():
+        return True
+    try:
+        process = psutil.Process(int(owner["pid"]))
+        # A recycled process number belongs to a younger process.
+        same = abs(process.create_time() - float(owner["process_started"])) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.Error, KeyError, ValueError):
+        return False

@@ -1,0 +1,302 @@
+"""Writing one shard's parquet: whole or not at all.
+
+pyarrow writes on every path, CPU or GPU, so that schema, order and footer are always ours. Row
+groups are copied one at a time: memory does not grow with the table.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from curator_embed.errors import SourceError
+from curator_embed.execution.failpoints import failpoint
+from curator_embed.execution.provenance import FOOTER_KEY, Footer
+
+ROW_GROUP_ROWS = 8192
+"""Rows a row group holds where there is no input table whose row groups to follow."""
+
+Token = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file on a local disk or an object store: file system and path within it."""
+
+    fs: AbstractFileSystem
+    path: str
+
+    @classmethod
+    def of(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Location:
+        """Resolve a path or any fsspec URL."""
+        fs, path = url_to_fs(url, **(storage_options or {}))
+        return cls(fs, path)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether plain files and renames can be used."""
+        return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def parent(self) -> str:
+        """The folder the file lies in."""
+        return self.path.rpartition("/")[0] or "/"
+
+    def token(self) -> Token | None:
+        """What changes when the file is replaced: inode, size and mtime, or size and etag. None: no file."""
+        if self.is_local:
+            try:
+                stat = os.stat(self.path)
+            except FileNotFoundError:
+                return None
+            return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        self.fs.invalidate_cache(self.parent)
+        try:
+            info = self.fs.info(self.path)
+        except FileNotFoundError:
+            return None
+        return (info.get("size"), str(info.get("ETag") or info.get("etag") or info.get("LastModified") or ""))
+
+    @contextmanager
+    def open_parquet(self) -> Iterator[pq.ParquetFile]:
+        """Open for reading; a file that is no parquet is an error that names it."""
+        try:
+            with self.fs.open(self.path, "rb") if not self.is_local else open(self.path, "rb") as file:
+                yield pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            raise SourceError(
+                self.path, f"not a readable parquet file ({error})", "Restore it or remove it, then run again"
+            ) from error
+
+    def schema(self) -> pa.Schema | None:
+        """The Arrow schema with its metadata, from the footer alone; None when there is no file."""
+        try:
+            with self.open_parquet() as parquet:
+                return parquet.schema_arrow
+        except FileNotFoundError:
+            return None
+
+
+class TargetChanged(SourceError):
+    """The file to be replaced is no longer the one that was read."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            path, "the file was changed by someone else during the run", "It was left as it is; run again to use it"
+        )
+
+
+@contextmanager
+def replacing(target: Location, expected: Token | None, *, check: bool = True) -> Iterator[IO[bytes]]:
+    """Open a new version of ``target`` that takes its place when the block ends without an error.
+
+    On a local disk: a temporary name in the same folder that no ``*.parquet`` glob matches, synced,
+    then renamed. On an object store: collected here, put in one piece.
+
+    Args:
+        expected: ``target.token()`` when it was read; a file that differs at the end is not replaced.
+        check: False where any version may be replaced.
+    """
+    if target.is_local:
+        temporary = f"{target.path}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            with open(temporary, "wb") as file:
+                failpoint("output.temporary_opened")
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            failpoint("output.temporary_written")
+            if check and target.token() != expected:
+                raise TargetChanged(target.path)
+            os.replace(temporary, target.path)
+        except BaseException as error:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise _explained(error, target) or error from None
+    else:
+        file = pa.BufferOutputStream()
+        failpoint("output.temporary_opened")
+        yield file
+        failpoint("output.temporary_written")
+        if check and target.token() != expected:
+            raise TargetChanged(target.path)
+        target.fs.pipe_file(target.path, file.getvalue().to_pybytes())
+    failpoint("output.replaced")
+
+
+def _explained(error: BaseException, target: Location) -> SourceError | None:
+    """Turn the operating system's word into a message that names the file and the remedy."""
+    if not isinstance(error, OSError):
+        return None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SourceError(
+            target.path,
+            "the disk is full; nothing of this file was left behind",
+            "Free some space and run the same command again: finished shards are kept",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return SourceError(
+            target.path, "its folder cannot be written to", "Choose another output path or change the permissions"
+        )
+    return None
+
+
+def clear_temporaries(folder: Location) -> int:
+    """Remove what killed runs left behind in a local output folder; returns how many files."""
+    if not folder.is_local or not os.path.isdir(folder.path):
+        return 0
+    removed = 0
+    for entry in os.scandir(folder.path):
+        stem, marker, owner = entry.name.rpartition(".parquet.tmp-")
+        if stem and marker and entry.is_file(follow_symlinks=False):
+            pid = owner.partition("-")[0]
+            if pid.isdigit() and int(pid) != os.getpid():
+                os.unlink(entry.path)
+                removed += 1
+    return removed
+
+
+Slice = Callable[[np.ndarray], pa.Array]
+"""Values of a new column for some rows: int64 row positions -> an array of as many values."""
+
+
+@dataclass(frozen=True)
+class NewColumn:
+    """A column to be added, computed a row group at a time."""
+
+    type: pa.DataType
+    values: Slice
+
+
+@dataclass(frozen=True)
+class TablePlan:
+    """The output table of one shard, as a recipe for ``write_table``.
+
+    Attributes:
+        source: where the existing columns come from, or None.
+        in_memory: the existing columns of a shard that has no parquet of its own.
+        keep: int64 positions of the source's rows that are written, in their order.
+        appended: the existing columns of rows added behind them, for samples that no row knows, or None.
+        appended_rows: int64 positions by which the new columns know those rows.
+        columns: the new columns, by row position.
+        selected: names of the source's columns to copy; None for all.
+    """
+
+    source: Location | None
+    in_memory: pa.Table | None
+    keep: np.ndarray
+    appended: pa.Table | None
+    appended_rows: np.ndarray
+    columns: dict[str, NewColumn]
+    footer: Footer
+    selected: list[str] | None = None
+
+
+def write_table(plan: TablePlan, target: Location, expected: Token | None, *, check: bool = True) -> int:
+    """Write one shard's output atomically. Returns the number of rows."""
+    if target.is_local:
+        try:
+            os.makedirs(target.parent, exist_ok=True)
+        except OSError as error:
+            raise _explained(error, target) or error from None
+    with _pieces(plan) as (schema, pieces):
+        new_names = list(plan.columns)
+        fields = [f for f in schema if f.name not in new_names and (plan.selected is None or f.name in plan.selected)]
+        out_schema = pa.schema(
+            [*fields, *(pa.field(name, column.type) for name, column in plan.columns.items())],
+            metadata={**(schema.metadata or {}), FOOTER_KEY: plan.footer.to_bytes()},
+        )
+        written = 0
+        with replacing(target, expected, check=check) as file:
+            # No statistics or dictionary for the embeddings: neither can help, both cost time.
+            lists = [name for name, column in plan.columns.items() if pa.types.is_list(column.type)]
+            with pq.ParquetWriter(
+                file,
+                out_schema,
+                compression="zstd",
+                use_dictionary=[f.name for f in out_schema if f.name not in lists and not pa.types.is_nested(f.type)],
+                column_encoding=None,
+            ) as writer:
+                for rows, table in pieces:
+                    arrays = [table.column(f.name) for f in fields]
+                    arrays += [pa.chunked_array([column.values(rows)]) for column in plan.columns.values()]
+                    writer.write_table(pa.Table.from_arrays(arrays, schema=out_schema))
+                    written += len(rows)
+        return written
+
+
+@contextmanager
+def _pieces(plan: TablePlan) -> Iterator[tuple[pa.Schema, Iterator[tuple[np.ndarray, pa.Table]]]]:
+    """The existing columns, a row group at a time, with the positions of their rows."""
+
+    def kept(start: int, table: pa.Table) -> tuple[np.ndarray, pa.Table] | None:
+        low, high = np.searchsorted(plan.keep, [start, start + table.num_rows])
+        rows = plan.keep[low:high]
+        if len(rows) == 0:
+            return None
+        return rows, table if len(rows) == table.num_rows else table.take(pa.array(rows - start))
+
+    def behind() -> Iterator[tuple[np.ndarray, pa.Table]]:
+        if plan.appended is not None:
+            yield plan.appended_rows, plan.appended
+
+    if plan.source is None:
+        table = plan.in_memory if plan.in_memory is not None else pa.table({})
+
+        def from_memory() -> Iterator[tuple[np.ndarray, pa.Table]]:
+            for start in range(0, table.num_rows, ROW_GROUP_ROWS):
+                piece = kept(start, table.slice(start, ROW_GROUP_ROWS))
+                if piece is not None:
+                    yield piece
+            yield from behind()
+
+        yield table.schema, from_memory()
+        return
+    with plan.source.open_parquet() as parquet:
+
+        def from_file() -> Iterator[tuple[np.ndarray, pa.Table]]:
+            start = 0
+            for group in range(parquet.num_row_groups):
+                table = parquet.read_row_group(group)
+                piece = kept(start, table)
+                start += table.num_rows
+                if piece is not None:
+                    yield piece
+            yield from behind()
+
+        yield parquet.schema_arrow, from_file()
+
+
+def merged_errors(old: pa.ChunkedArray | None, new: pa.Array) -> pa.Array:
+    """Reason codes of an earlier run, completed by this one's: a code once given stays."""
+    if old is None:
+        return new
+    flat = old.combine_chunks() if isinstance(old, pa.ChunkedArray) else old
+    return pc.coalesce(flat.cast(pa.string()), new)
+
+
+def vectors_to_list_array(vectors: np.ndarray, present: np.ndarray, value_type: pa.DataType) -> pa.Array:
+    """Build a ``list<float>`` column: row i is ``vectors[i]`` where present, else null.
+
+    Args:
+        vectors: (n, dim); rows that are not present are ignored.
+        present: bool (n,).
+    """
+    dim = vectors.shape[1] if vectors.ndim == 2 else 0
+    offsets = np.concatenate([[0], np.cumsum(np.where(present, dim, 0))]).astype(np.int32)
+    values = pa.array(np.ascontiguousarray(vectors[present]).reshape(-1), type=value_type)
+    return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(~present))
+

@@ -1,0 +1,373 @@
+"""The worker's engine room: decode threads and a model thread that outlive single shards.
+
+Shards feed encoded images in and collect column values; batches are filled across shard borders,
+so the model never waits for a shard to be written, and a small shard does not waste half a batch.
+All queues are bounded: a fast reader waits for a slow model.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from curator_embed.errors import Reason
+from curator_embed.steps import BatchModel, BatchStep
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What decoding made of one image.
+
+    Attributes:
+        tensors: per batch step (by position) its uint8 (3, H, W) input.
+        values: per image step (by position) its column values.
+        error: why the image failed, or None. Steps that succeeded keep their values.
+    """
+
+    tensors: dict[int, Any] = field(default_factory=dict)
+    values: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    error: Reason | None = None
+
+
+class DecodeEngine(Protocol):
+    """Turns encoded images into what the steps need. Called from several threads at once."""
+
+    chunk: int
+    """Images taken at a time: 1 on a CPU, a batch on a GPU."""
+
+    def prepare(self, encoded: Sequence[bytes], wanted: Sequence[tuple[int, ...]]) -> list[Prepared]:
+        """One result an image, in order. Bad images are results, not exceptions.
+
+        Args:
+            wanted: per image, the positions of the steps that want to see it.
+        """
+        ...
+
+
+class OpenShard:
+    """One shard's images on their way through the pipeline, and the values that have come out."""
+
+    def __init__(self, pipeline: Pipeline, wanted: tuple[int, ...]) -> None:
+        self._pipeline, self.wanted = pipeline, wanted
+        self._lock = threading.Condition()
+        self._outstanding = 0
+        self._fault: BaseException | None = None
+        self.errors: dict[int, Reason] = {}
+        self.values: dict[int, dict[int, Mapping[str, Any]]] = {p: {} for p in pipeline.image_steps}
+        self.vectors: dict[int, Vectors] = {p: Vectors() for p in pipeline.batch_steps}
+
+    def submit(self, ordinal: int, encoded: bytes) -> None:
+        """Hand in one encoded image; blocks while the queues are full."""
+        with self._lock:
+            self._outstanding += 1
+        self._pipeline._enqueue(_Item(self, ordinal, encoded))
+
+    def done(self) -> bool:
+        """Whether everything handed in has come out."""
+        with self._lock:
+            return self._outstanding == 0 or self._fault is not None
+
+    def wait(self) -> None:
+        """Wait until everything handed in has come out; raises what broke the pipeline, if anything did."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._outstanding == 0 or self._fault is not None)
+            if self._fault is not None:
+                raise self._fault
+
+    def _finish(self, count: int = 1) -> None:
+        with self._lock:
+            self._outstanding -= count
+            if self._outstanding == 0:
+                self._lock.notify_all()
+
+    def _fail(self, fault: BaseException) -> None:
+        with self._lock:
+            self._fault = fault
+            self._lock.notify_all()
+
+
+class Vectors:
+    """Embeddings of one shard by ordinal: as much memory as they need, no copy when they grow."""
+
+    CHUNK = 4096
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, np.ndarray] = {}
+        self._present: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self.dim = 0
+        self.dtype: np.dtype[Any] = np.dtype(np.float32)
+
+    def put(self, ordinal: int, vector: np.ndarray) -> None:
+        """Store one vector (dim,)."""
+        number, place = divmod(ordinal, self.CHUNK)
+        with self._lock:
+            if number not in self._chunks:
+                self.dim, self.dtype = vector.shape[0], vector.dtype
+                self._chunks[number] = np.empty((self.CHUNK, self.dim), self.dtype)
+                self._present[number] = np.zeros(self.CHUNK, dtype=bool)
+            self._chunks[number][place] = vector
+            self._present[number][place] = True
+
+    def gather(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) ordinals, -1 for none -> vectors (n, dim) and present (n,) bool."""
+        vectors = np.zeros((len(ordinals), self.dim), self.dtype)
+        present = np.zeros(len(ordinals), dtype=bool)
+        numbers = ordinals // self.CHUNK
+        for number in self._chunks:
+            mine = numbers == number
+            places = ordinals[mine] - number * self.CHUNK
+            vectors[mine] = self._chunks[number][places]
+            present[mine] = self._present[number][places]
+        return vectors, present
+
+
+@dataclass(slots=True)
+class _Item:
+    shard: OpenShard
+    ordinal: int
+    encoded: bytes
+
+
+class StageClock:
+    """Seconds each stage was busy, summed over its threads; cheap enough for every image."""
+
+    STAGES = ("read", "decode", "model", "write", "idle")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds = dict.fromkeys(self.STAGES, 0.0)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Count ``seconds`` of work in ``stage``."""
+        with self._lock:
+            self._seconds[stage] += seconds
+
+    @contextmanager
+    def timing(self, stage: str) -> Iterator[None]:
+        """Count the time spent in the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(stage, time.perf_counter() - start)
+
+    def take(self) -> dict[str, float]:
+        """What has been counted since the last call."""
+        with self._lock:
+            taken, self._seconds = self._seconds, dict.fromkeys(self.STAGES, 0.0)
+        return taken
+
+
+class Pipeline:
+    """Decode threads and one model thread, shared by all shards a worker has open.
+
+    Args:
+        engine: decodes and prepares.
+        models: per batch step position, its loaded model.
+        image_steps: positions of the steps whose values the engine computes itself.
+        threads: decode threads.
+        max_queued_bytes: encoded bytes waiting to be decoded, at most.
+        max_ready_batches: batches of prepared images waiting for the model, at most.
+    """
+
+    def __init__(
+        self,
+        engine: DecodeEngine,
+        models: Mapping[int, BatchModel],
+        image_steps: Sequence[int] = (),
+        *,
+        threads: int,
+        max_queued_bytes: int = 128 << 20,
+        max_ready_batches: int = 4,
+        on_images: Callable[[int], None] | None = None,
+    ) -> None:
+        self.engine, self.models = engine, dict(models)
+        self.batch_steps, self.image_steps = tuple(models), tuple(image_steps)
+        self.clock = StageClock()
+        self._on_images = on_images
+        self._max_bytes, self._max_items = max_queued_bytes, max(64, 4 * threads, 4 * engine.chunk)
+        self._max_ready = {p: max_ready_batches * m.batch_size for p, m in self.models.items()}
+        self._cond = threading.Condition()
+        self._items: deque[_Item] = deque()
+        self._bytes = 0
+        self._decoding = 0
+        self._feeding = 0
+        self._blocked = 0
+        self._ready: dict[int, deque[tuple[OpenShard, int, Any, Any]]] = {p: deque() for p in self.models}
+        self._closed = False
+        self._fault: BaseException | None = None
+        self._open: set[OpenShard] = set()
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(self._decode_loop,), name=f"decode-{n}", daemon=True)
+            for n in range(threads)
+        ]
+        if self.models:
+            self._threads.append(
+                threading.Thread(target=self._guarded, args=(self._model_loop,), name="model", daemon=True)
+            )
+        for thread in self._threads:
+            thread.start()
+
+    # -- the shards' side ------------------------------------------------------------------
+
+    @contextmanager
+    def feeding(self) -> Iterator[None]:
+        """While any block is open, more images may come and a partial batch waits for them."""
+        with self._cond:
+            self._feeding += 1
+        try:
+            yield
+        finally:
+            with self._cond:
+                self._feeding -= 1
+                self._cond.notify_all()
+
+    @contextmanager
+    def shard(self, wanted: Sequence[int]) -> Iterator[OpenShard]:
+        """Open a shard for the steps at these positions; what breaks the pipeline meanwhile breaks its ``wait``."""
+        opened = OpenShard(self, tuple(wanted))
+        with self._cond:
+            if self._fault is not None:
+                raise self._fault
+            self._open.add(opened)
+        try:
+            yield opened
+        finally:
+            with self._cond:
+                self._open.discard(opened)
+                # What an abandoned shard left in the queues must not be computed.
+                self._items = deque(item for item in self._items if item.shard is not opened)
+                self._bytes = sum(len(item.encoded) for item in self._items)
+                for queue in self._ready.values():
+                    for entry in [e for e in queue if e[0] is opened]:
+                        queue.remove(entry)
+                self._cond.notify_all()
+
+    def close(self) -> None:
+        """Stop the threads; anything still queued is dropped."""
+        with self._cond:
+            self._closed = True
+            self._cond.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _enqueue(self, item: _Item) -> None:
+        def room() -> bool:
+            if self._closed or self._fault is not None or not self._items:
+                return True
+            return self._bytes + len(item.encoded) <= self._max_bytes and len(self._items) < self._max_items
+
+        with self._cond:
+            if not room():
+                self._blocked += 1
+                self._cond.notify_all()
+                self._cond.wait_for(room)
+                self._blocked -= 1
+            if self._fault is not None:
+                raise self._fault
+            self._items.append(item)
+            self._bytes += len(item.encoded)
+            self._cond.notify_all()
+
+    # -- decode threads --------------------------------------------------------------------
+
+    def _decode_loop(self) -> None:
+        chunk = self.engine.chunk
+        while True:
+            with self._cond:
+                self._cond.wait_for(lambda: self._closed or (self._items and self._room_for(chunk) and self._whole()))
+                if self._closed:
+                    return
+                taken = [self._items.popleft() for _ in range(min(chunk, len(self._items)))]
+                self._bytes -= sum(len(item.encoded) for item in taken)
+                self._decoding += len(taken)
+                self._cond.notify_all()
+            start = time.perf_counter()
+            results = self.engine.prepare([item.encoded for item in taken], [item.shard.wanted for item in taken])
+            self.clock.add("decode", time.perf_counter() - start)
+            self._hand_on(taken, results)
+
+    def _whole(self) -> bool:
+        """Whether to take what is there: a full chunk, or all there will be for now."""
+        return len(self._items) >= self.engine.chunk or self._feeding == 0 or self._blocked > 0
+
+    def _room_for(self, count: int) -> bool:
+        return all(len(q) + self._decoding + count <= self._max_ready[p] + count for p, q in self._ready.items())
+
+    def _hand_on(self, taken: Sequence[_Item], results: Sequence[Prepared]) -> None:
+        finished = 0
+        with self._cond:
+            for item, result in zip(taken, results, strict=True):
+                if result.error is not None:
+                    item.shard.errors[item.ordinal] = result.error
+                for position, values in result.values.items():
+                    item.shard.values[position][item.ordinal] = values
+                if result.tensors:
+                    waiting = [len(result.tensors)]
+                    for position, tensor in result.tensors.items():
+                        self._ready[position].append((item.shard, item.ordinal, tensor, waiting))
+                else:
+                    item.shard._finish()
+                    finished += 1
+            self._decoding -= len(taken)
+            self._cond.notify_all()
+        if finished and self._on_images is not None:
+            self._on_images(finished)
+
+    # -- the model thread ------------------------------------------------------------------
+
+    def _model_loop(self) -> None:
+        while True:
+            start = time.perf_counter()
+            with self._cond:
+                self._cond.wait_for(lambda: self._closed or self._next_batch() is not None)
+                if self._closed:
+                    return
+                position = self._next_batch()
+                assert position is not None
+                queue, model = self._ready[position], self.models[position]
+                batch = [queue.popleft() for _ in range(min(model.batch_size, len(queue)))]
+                busy_upstream = self._feeding > 0 or self._decoding > 0
+                self._cond.notify_all()
+            began = time.perf_counter()
+            if busy_upstream or len(batch) == model.batch_size:
+                self.clock.add("idle", began - start)
+            vectors = model([entry[2] for entry in batch])
+            self.clock.add("model", time.perf_counter() - began)
+            finished = 0
+            for (shard, ordinal, _, waiting), vector in zip(batch, vectors, strict=True):
+                shard.vectors[position].put(ordinal, vector)
+                waiting[0] -= 1
+                if waiting[0] == 0:
+                    shard._finish()
+                    finished += 1
+            if finished and self._on_images is not None:
+                self._on_images(finished)
+
+    def _next_batch(self) -> int | None:
+        """The step whose batch should run now: a full one, or a partial one when nothing more is coming."""
+        fullest = max(self._ready, key=lambda p: len(self._ready[p]) / self.models[p].batch_size)
+        waiting = len(self._ready[fullest])
+        if waiting >= self.models[fullest].batch_size:
+            return fullest
+        if waiting and not self._items and self._decoding == 0 and self._feeding == 0:
+            return fullest
+        return None
+
+    def _guarded(self, loop: Any) -> None:
+        try:
+            loop()
+        except BaseException as fault:
+            with self._cond:
+                self._fault = fault
+                for shard in self._open:
+                    shard._fail(fault)
+                self._cond.notify_all()

@@ -1,0 +1,145 @@
+"""What a run did: every row accounted for, and where the time went."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from curator_embed.execution.pipeline import StageClock
+from curator_embed.execution.shard_run import ShardReport
+
+if TYPE_CHECKING:
+    from curator_embed.datasets import ImageTextPairDataset
+
+MAX_LISTED = 50
+"""Notes and faults kept in a report; the rest is counted."""
+
+
+@dataclass
+class RunReport:
+    """The account of one run over all shards, finished earlier or now.
+
+    Attributes:
+        read, embedded, failed, no_image: rows; ``read == embedded + failed + no_image``.
+        reasons: failed rows by reason code.
+        shards: ``{"done": by this run, "skipped": finished earlier, "failed": set aside, "left": not begun}``.
+        images_without_row: images no table row knows (rows were added for them only with an output path).
+        wall_seconds: this run, from the first shard to the last.
+        time: busy seconds a stage, summed over all threads of all workers; ``idle`` is how long models waited.
+        workers: Dask workers that took part.
+        settings: what was settled for the run (device, threads, compile, batch shape), per column.
+        faults: shard name -> why it was set aside.
+        certificate: figures of the comparison with the models' own preprocessing, when asked for.
+        stopped: the run was asked to stop before all shards had begun.
+        dataset: the saved dataset, with nothing pending.
+    """
+
+    read: int = 0
+    embedded: int = 0
+    failed: int = 0
+    no_image: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    shards: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0, "left": 0})
+    images_without_row: int = 0
+    images_this_run: int = 0
+    wall_seconds: float = 0.0
+    time: dict[str, float] = field(default_factory=lambda: dict.fromkeys(StageClock.STAGES, 0.0))
+    workers: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    notes_left_out: int = 0
+    faults: dict[str, str] = field(default_factory=dict)
+    examples: list[tuple[str, str, str]] = field(default_factory=list)
+    certificate: dict[str, Any] = field(default_factory=dict)
+    stopped: bool = False
+    dataset: ImageTextPairDataset | None = None
+
+    @property
+    def images_per_second(self) -> float:
+        """Images embedded or found bad by this run, a second of wall time."""
+        return self.images_this_run / self.wall_seconds if self.wall_seconds > 0 else 0.0
+
+    def add(self, shard: ShardReport) -> None:
+        """Count one shard's rows."""
+        if shard.fault:
+            self.shards["failed"] += 1
+            self.faults[shard.shard] = shard.fault
+        else:
+            self.shards["skipped" if shard.skipped else "done"] += 1
+            self.read += shard.read
+            self.embedded += shard.embedded
+            self.failed += shard.failed
+            self.no_image += shard.no_image
+            self.reasons = dict(sorted((Counter(self.reasons) + Counter(shard.reasons)).items()))
+            self.images_without_row += shard.images_without_row
+            if not shard.skipped:
+                self.images_this_run += shard.read - shard.no_image
+        self._note(f"{note.path}: {note.message}" for note in shard.notes)
+        self._note(f"{shard.shard}: {text}" for text in shard.exceptions)
+        for key, reason in shard.examples[: max(0, 10 - len(self.examples))]:
+            self.examples.append((shard.shard, key, reason))
+        for stage, seconds in shard.seconds.items():
+            self.time[stage] += seconds
+
+    def _note(self, messages: Iterable[str]) -> None:
+        for message in messages:
+            if message in self.notes:
+                continue
+            if len(self.notes) < MAX_LISTED:
+                self.notes.append(message)
+            else:
+                self.notes_left_out += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the same fields as the attributes, without the dataset."""
+        return {
+            "read": self.read,
+            "embedded": self.embedded,
+            "failed": self.failed,
+            "no_image": self.no_image,
+            "reasons": self.reasons,
+            "images_per_second": round(self.images_per_second, 2),
+            "wall_seconds": round(self.wall_seconds, 3),
+            "time": {stage: round(seconds, 3) for stage, seconds in self.time.items()},
+            "workers": self.workers,
+            "shards": self.shards,
+            "images_without_row": self.images_without_row,
+            "settings": self.settings,
+            "notes": self.notes + ([f"... and {self.notes_left_out} more"] if self.notes_left_out else []),
+            "faults": self.faults,
+            "examples_of_failed_rows": [list(example) for example in self.examples],
+            "certificate": self.certificate,
+            "stopped": self.stopped,
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        """The closing table a person reads."""
+        lines = [
+            f"rows read      {self.read:>12,}",
+            f"  embedded     {self.embedded:>12,}",
+            f"  failed       {self.failed:>12,}",
+            *(f"    {reason:<18}{count:>7,}" for reason, count in self.reasons.items()),
+            f"  no image     {self.no_image:>12,}",
+        ]
+        if self.images_without_row:
+            lines.append(f"images with no row {self.images_without_row:>8,}")
+        shards = ", ".join(f"{count:,} {state}" for state, count in self.shards.items() if count)
+        lines.append(f"shards         {shards or 'none'}")
+        if self.images_this_run:
+            lines.append(f"speed          {self.images_per_second:>12,.1f} images/s over {self.wall_seconds:,.1f} s")
+            total = self.wall_seconds * self.workers
+            parts = [f"{stage} {self.time[stage] / total:.0%}" for stage in StageClock.STAGES if total > 0]
+            lines.append(f"busy           {', '.join(parts)}  (of the wall time; threads add up)")
+        lines += [f"note           {note}" for note in self.notes[:10]]
+        hidden = len(self.notes[10:]) + self.notes_left_out
+        if hidden:
+            lines.append(f"note           ... and {hidden} more (see to_dict())")
+        lines += [f"set aside      {shard}: {why}" for shard, why in self.faults.items()]
+        return "\n".join(lines)

@@ -1,0 +1,415 @@
+"""The driver's side of a run: what is left to do, dealt out to workers, counted and reported.
+
+Its memory does not grow with rows, and only as many tasks are under way as keep the workers busy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+from distributed import Client, Future, as_completed
+from tqdm.auto import tqdm
+
+from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.execution.clients import some_client
+from curator_embed.execution.lock import OutputLock
+from curator_embed.execution.output import Location, clear_temporaries
+from curator_embed.execution.planning import group_shards
+from curator_embed.execution.provenance import recorded_settings
+from curator_embed.execution.report import RunReport
+from curator_embed.execution.shard_run import ShardJob, ShardReport, Survey, survey
+from curator_embed.execution.worker import close_run, progress_topic, run_task
+from curator_embed.sources.shard import Shard
+from curator_embed.steps import BatchStep, Step
+
+SURVEY_THREADS = 8
+TASKS_UNDER_WAY = 2
+"""Tasks handed to Dask for each of a worker's threads: one runs, one waits."""
+
+
+class RunStopped(CuratorEmbedError):
+    """The run could not go on to its end; what was finished is kept. Carries the report so far."""
+
+    def __init__(self, message: str, report: RunReport) -> None:
+        self.report = report
+        super().__init__(message)
+
+
+class RowsFailed(RunStopped):
+    """``on_error="raise"`` and some rows failed."""
+
+
+@dataclass
+class RunPlan:
+    """What a run would do, from footers and file sizes alone.
+
+    Attributes:
+        job: with threads and compile settled.
+        shards: in order; ``surveys`` belong to them.
+        rows: rows that are left to be worked on, where known; ``rows_known`` says whether all are.
+        bytes_to_write: estimate of what the output takes, None when rows are not known.
+        bytes_free: on the output's disk; None where that has no meaning (object stores).
+    """
+
+    job: ShardJob
+    shards: list[Shard]
+    surveys: list[Survey]
+    rows: int = 0
+    rows_known: bool = True
+    bytes_to_write: int | None = None
+    bytes_free: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def todo(self) -> list[int]:
+        """Positions of the shards that are not done."""
+        return [position for position, found in enumerate(self.surveys) if not found.done]
+
+    def conflicts(self) -> list[tuple[str, str]]:
+        """(file, why) for every shard that must not be written as asked."""
+        return [
+            (self.job.target(shard), found.conflict)
+            for shard, found in zip(self.shards, self.surveys, strict=True)
+            if found.conflict
+        ]
+
+
+def make_plan(shards: Sequence[Shard], job: ShardJob, *, cores: int, limit: int | None = None) -> RunPlan:
+    """Read all footers, settle threads and compile, and estimate the work.
+
+    Args:
+        cores: CPU cores a worker has, for the forward pass.
+        limit: only so many rows are wanted.
+    """
+    unsettled = job
+    with ThreadPoolExecutor(SURVEY_THREADS) as pool:
+        footers = [found.footer for found in pool.map(lambda s: survey(unsettled, s, limit), shards)]
+        sizes = [_rows_of(shard) for shard in shards]
+        rows = sum(size for size in sizes if size is not None)
+        known = all(size is not None for size in sizes)
+        wanted = min(rows, limit) if limit is not None else rows
+        steps = tuple(_settle(step, footers, cores, wanted if known or limit is not None else None) for step in job.steps)
+        job = dataclasses.replace(job, steps=steps)
+        surveys = list(pool.map(lambda s: survey(job, s, limit), shards))
+    plan = RunPlan(job, list(shards), surveys)
+    todo = plan.todo
+    plan.rows = sum(_first(surveys[p].rows, sizes[p]) or 0 for p in todo)
+    plan.rows_known = all(_first(surveys[p].rows, sizes[p]) is not None for p in todo)
+    if limit is not None:
+        plan.rows = min(plan.rows, limit)
+    plan.bytes_to_write = _bytes_to_write(plan) if plan.rows_known else None
+    plan.bytes_free = _bytes_free(job, plan.shards)
+    plan.settings = {name: _settings(step) for step in steps for name in step.columns()}
+    return plan
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _rows_of(shard: Shard) -> int | None:
+    return shard.row_estimate()
+
+
+def _settle(step: Step, footers: Sequence[Any], cores: int, images: int | None) -> Step:
+    """Fix threads and compile for a whole run; a resumed run takes over what finished shards used."""
+    if not isinstance(step, BatchStep) or getattr(step, "reads_own_shards", False):
+        return step
+    recorded = recorded_settings(footers, step)
+    return step.settled(
+        threads=int(recorded["threads"]) if recorded and recorded.get("threads") else cores,
+        compile=bool(recorded["compile"]) if recorded and recorded.get("compile") is not None else None,
+        images=images,
+    )
+
+
+def _settings(step: Step) -> dict[str, Any]:
+    recipe = step.recipe()
+    return {key: recipe[key] for key in ("model", "device", "batch_shape", "threads", "compile") if key in recipe}
+
+
+def _bytes_to_write(plan: RunPlan) -> int:
+    """Embeddings hardly compress: rows x dim x item size, and the tables that are copied."""
+    per_row = 0
+    for step in plan.job.steps:
+        dim = getattr(step, "embedding_dim", None)
+        for kind in step.columns().values():
+            per_row += (dim or 0) * kind.value_type.bit_width // 8 if pa.types.is_list(kind) else 16
+    total = plan.rows * per_row
+    for position in plan.todo:
+        table = plan.shards[position].table_path()
+        if table is not None and (plan.job.output is not None or True):
+            token = Location.of(table, plan.job.storage_options).token()
+            total += token[1 if len(token) == 3 else 0] or 0 if token else 0
+    return total
+
+
+def _bytes_free(job: ShardJob, shards: Sequence[Shard]) -> int | None:
+    if not shards:
+        return None
+    folder = Location.of(job.output or job.target(shards[0]), job.storage_options)
+    if not folder.is_local:
+        return None
+    path = folder.path
+    while path and not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path or "/").free
+
+
+def check_plan(plan: RunPlan) -> None:
+    """Refuse what cannot end well, before anything is computed.
+
+    Raises:
+        UsageError: files in the way, or too little disk.
+    """
+    conflicts = plan.conflicts()
+    if conflicts:
+        path, why = conflicts[0]
+        more = f" ({len(conflicts) - 1} more files like it)" if len(conflicts) > 1 else ""
+        raise UsageError(
+            f"{path}: {why}{more}. Nothing was changed. Pass overwrite=True to replace what is in the way, "
+            "or choose another output path or column name"
+        )
+    if plan.bytes_to_write and plan.bytes_free is not None and plan.bytes_to_write > plan.bytes_free:
+        raise UsageError(
+            f"the output needs about {_gigabytes(plan.bytes_to_write)} and its disk has "
+            f"{_gigabytes(plan.bytes_free)} free. Free some space or choose another output path"
+        )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB"
+
+
+def execute(
+    shards: Sequence[Shard],
+    job: ShardJob,
+    *,
+    limit: int | None = None,
+    progress: bool = True,
+    prepare: Callable[[Client, ShardJob], ShardJob] | None = None,
+) -> tuple[RunReport, RunPlan]:
+    """Carry a job out on the current Dask client, or on one in-process worker.
+
+    Raises:
+        UsageError: the job cannot be carried out as asked; nothing was changed.
+        OutputLocked: another run holds the output.
+        RowsFailed: ``on_error="raise"`` and rows failed.
+        RunStopped: some shards could not be used, or the run was asked to stop; the rest is finished.
+    """
+    folder = _output_folder(job, shards)
+    _check_writable(folder)
+    with OutputLock(folder), some_client() as client:
+        if prepare is not None:
+            job = prepare(client, job)
+        plan = make_plan(shards, job, cores=_cores_per_worker(client), limit=limit)
+        check_plan(plan)
+        clear_temporaries(folder)
+        report = RunReport(settings=plan.settings)
+        started = time.perf_counter()
+        with _stop_requests() as stop:
+            _Driver(client, plan, report, limit, stop).run(progress)
+        report.wall_seconds = time.perf_counter() - started
+        _keep(report, folder)
+    _raise_for(report)
+    return report, plan
+
+
+def _output_folder(job: ShardJob, shards: Sequence[Shard]) -> Location:
+    if job.output is not None:
+        return Location.of(job.output, job.storage_options)
+    target = Location.of(job.target(shards[0]), job.storage_options)
+    return Location(target.fs, target.parent)
+
+
+def _check_writable(folder: Location) -> None:
+    if not folder.is_local:
+        return
+    try:
+        os.makedirs(folder.path, exist_ok=True)
+        probe = f"{folder.path}/.curator_embed.{secrets.token_hex(4)}"
+        with open(probe, "wb"):
+            pass
+        os.unlink(probe)
+    except OSError as error:
+        raise UsageError(
+            f"{folder.path}: cannot write there ({error.strerror}). Choose another output path or change the "
+            "permissions; nothing was computed"
+        ) from error
+
+
+def _keep(report: RunReport, folder: Location) -> None:
+    """Leave the report beside the output; times and dates live here and not in the parquet files."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    path = f"{folder.path.rstrip('/')}/_curator_embed/report-{stamp}-{secrets.token_hex(2)}.json"
+    content = {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **report.to_dict()}
+    folder.fs.pipe_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode())
+
+
+def _raise_for(report: RunReport) -> None:
+    rows = [why for why in report.faults.values() if why.startswith("failed_rows: ")]
+    if rows:
+        raise RowsFailed(rows[0].removeprefix("failed_rows: "), report)
+    if report.stopped:
+        raise RunStopped(
+            f"stopped as asked with {report.shards['left']} shards left; run the same again to go on from there", report
+        )
+    if report.faults:
+        shard, why = next(iter(report.faults.items()))
+        raise RunStopped(
+            f"{len(report.faults)} of {sum(report.shards.values())} shards could not be worked on; the others are "
+            f"finished. {shard}: {why.removeprefix('shard: ')}",
+            report,
+        )
+
+
+def _cores_per_worker(client: Client) -> int:
+    """CPU cores that each worker can call its own: a machine's cores over its workers."""
+    found = client.run(_host_and_cores)
+    per_host: dict[str, int] = {}
+    for host, _ in found.values():
+        per_host[host] = per_host.get(host, 0) + 1
+    return max(1, min((cores // per_host[host] for host, cores in found.values()), default=1))
+
+
+def _host_and_cores() -> tuple[str, int]:
+    import socket
+
+    return socket.gethostname(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM ask once for an orderly end; a second Ctrl-C interrupts."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        tqdm.write("stopping: shards in flight are being finished (press Ctrl-C again to drop them)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Driver:
+    """Hands out tasks and takes in reports."""
+
+    def __init__(
+        self, client: Client, plan: RunPlan, report: RunReport, limit: int | None, stop: threading.Event
+    ) -> None:
+        self.client, self.plan, self.report, self.limit, self.stop = client, plan, report, limit, stop
+        self.run_id = secrets.token_hex(8)
+
+    def run(self, show: bool) -> None:
+        """Work off the plan's open shards."""
+        for position, found in enumerate(self.plan.surveys):
+            if found.done:
+                self.report.add(ShardReport.of_finished(self.plan.shards[position].name, found.footer))
+        threads = self.client.nthreads()
+        self.report.workers = max(1, len(threads))
+        todo = self.plan.todo
+        if not todo:
+            return
+        total = self.plan.rows if self.plan.rows_known else None
+        topic = progress_topic(self.run_id)
+        with tqdm(total=total, unit="img", disable=not show, smoothing=0.1, dynamic_ncols=True) as bar:
+            self.bar = bar
+            self.client.subscribe_topic(topic, lambda event: bar.update(event[1]["images"]))
+            try:
+                if self.limit is None:
+                    sizes = [int(self.plan.shards[p].fingerprint().get("size") or 0) for p in todo]
+                    groups = [[todo[n] for n in group] for group in group_shards(sizes, len(threads))]
+                    self._hand_out(groups, max(2, TASKS_UNDER_WAY * sum(threads.values())))
+                else:
+                    self._one_by_one(todo, self.limit)
+            finally:
+                self.client.unsubscribe_topic(topic)
+                self.client.run(close_run, self.run_id, on_error="ignore")
+
+    def _submit(self, positions: Sequence[int], limit: int | None = None) -> Future:
+        shards = [self.plan.shards[p] for p in positions]
+        future = self.client.submit(run_task, shards, self.plan.job, self.run_id, limit, pure=False)
+        future.curator_embed_positions = tuple(positions)
+        return future
+
+    def _hand_out(self, groups: list[list[int]], under_way: int) -> None:
+        waiting = deque(groups)
+        running = as_completed([self._submit(waiting.popleft()) for _ in range(min(under_way, len(waiting)))])
+        for future in running:
+            for again in self._take(future):
+                waiting.appendleft(again)
+            while waiting and not self._stopping() and running.count() < under_way:
+                running.add(self._submit(waiting.popleft()))
+        left = sum(len(group) for group in waiting)
+        self.report.shards["left"] += left
+        self.report.stopped = self.stop.is_set() and left > 0
+
+    def _one_by_one(self, todo: Sequence[int], limit: int) -> None:
+        """With a limit, shards are worked in order until it is reached."""
+        left = limit - self.report.read
+        for position in todo:
+            if left <= 0 or self._stopping():
+                break
+            rows = self.plan.surveys[position].rows
+            future = self._submit([position], None if rows is not None and rows <= left else left)
+            before = self.report.read
+            self._take(future)
+            left -= self.report.read - before
+
+    def _stopping(self) -> bool:
+        raising = self.plan.job.on_error == "raise" and bool(self.report.faults)
+        return self.stop.is_set() or raising
+
+    def _take(self, future: Future) -> list[list[int]]:
+        """Count a finished task; returns groups to be tried again."""
+        positions = future.curator_embed_positions
+        try:
+            reports = future.result()
+        except Exception as error:
+            from distributed.scheduler import KilledWorker
+
+            if not isinstance(error, KilledWorker):
+                raise
+            return self._after_worker_deaths(positions)
+        finally:
+            future.release()
+        for report in reports:
+            self.report.add(report)
+        self.bar.set_postfix(failed=self.report.failed, refresh=False)
+        return []
+
+    def _after_worker_deaths(self, positions: Sequence[int]) -> list[list[int]]:
+        """Workers died over this task: try its shards one at a time, then set the guilty one aside."""
+        if len(positions) > 1:
+            return [[position] for position in positions]
+        shard = self.plan.shards[positions[0]]
+        report = ShardReport(shard.name)
+        report.fault = (
+            f"shard: {shard.image_source() or shard.name}: every worker that tried this shard died. Look at the "
+            "workers' logs (out of memory?); run again to retry it"
+        )
+        self.report.add(report)
+        return []

@@ -1,0 +1,659 @@
+"""One shard's run: read, feed the pipeline, pair by id, write. The place where rows are counted.
+
+``ShardJob`` is what a worker needs to know; ``begin`` reads a shard and feeds the pipeline,
+``finish`` waits for the values and writes the file. Between the two, other shards may begin.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from curator_embed.errors import ImageError, Reason, SourceError, UsageError
+from curator_embed.execution.failpoints import failpoint
+from curator_embed.execution.output import (
+    Location,
+    NewColumn,
+    TablePlan,
+    Token,
+    merged_errors,
+    vectors_to_list_array,
+    write_table,
+)
+from curator_embed.execution.pairing import (
+    Pairing,
+    ids_as_text,
+    ids_digest,
+    key_normaliser,
+    normalise_key,
+    pair,
+)
+from curator_embed.execution.pipeline import OpenShard, Pipeline
+from curator_embed.execution.provenance import ERROR_COLUMN, Footer, counted, status
+from curator_embed.sources.shard import Note, Sample, Shard
+from curator_embed.steps import BatchStep, Step
+
+OnError = Literal["keep", "drop", "raise"]
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What a run does to every shard. Picklable, small, the same for all workers.
+
+    Attributes:
+        steps: settled steps, in the order their columns are written.
+        id_col: the dataset's id column.
+        output: folder of a new dataset, or None to add columns in place.
+        select: the input's columns a new dataset gets (None: all).
+        on_error: what happens to rows without an embedding.
+        overwrite: replace columns that came from elsewhere or were made another way.
+        engine: which decode engine ("cpu", "dali").
+        device: where the models run, as torch names it.
+        decode_threads: decode threads a worker.
+        model_threads: the forward pass's own threads on a CPU.
+        storage_options: for fsspec.
+    """
+
+    steps: tuple[Step, ...]
+    id_col: str
+    output: str | None
+    select: tuple[str, ...] | None = None
+    on_error: OnError = "keep"
+    overwrite: bool = False
+    engine: str = "cpu"
+    device: str = "cpu"
+    decode_threads: int = 4
+    model_threads: int | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def target(self, shard: Shard) -> str:
+        """Where the shard's parquet goes."""
+        if self.output is not None:
+            return f"{self.output.rstrip('/')}/{shard.name}.parquet"
+        table = shard.table_path()
+        if table is not None:
+            return table
+        source = shard.image_source()
+        if source is None:
+            raise UsageError(f"shard {shard.name} has neither images nor a table")
+        return f"{source.removesuffix('.tar')}.parquet"
+
+    def output_options(self, limit: int | None = None) -> dict[str, Any]:
+        """How rows and columns were chosen, for the footer: it tells apart outputs of different runs."""
+        if self.output is None:
+            return {}
+        options: dict[str, Any] = {"on_error": "drop" if self.on_error == "drop" else "keep"}
+        if self.select is not None:
+            options["columns"] = list(self.select)
+        if limit is not None:
+            options["limit"] = limit
+        return options
+
+
+@dataclass
+class ShardReport:
+    """What became of one shard's rows; sums up to the run's report."""
+
+    shard: str
+    read: int = 0
+    embedded: int = 0
+    failed: int = 0
+    no_image: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    skipped: bool = False
+    images_without_row: int = 0
+    notes: list[Note] = field(default_factory=list)
+    examples: list[tuple[str, str]] = field(default_factory=list)
+    exceptions: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    fault: str = ""
+
+    @classmethod
+    def of_finished(cls, shard: str, footer: Footer) -> ShardReport:
+        """The report of a shard that an earlier run finished, from its footer."""
+        counts = footer.counts
+        report = cls(shard, skipped=True, reasons=dict(counts.get("reasons", {})))
+        report.read, report.embedded = counts.get("read", 0), counts.get("embedded", 0)
+        report.failed, report.no_image = counts.get("failed", 0), counts.get("no_image", 0)
+        return report
+
+    def counts(self) -> dict[str, Any]:
+        """The part that is stored in the footer, so that a resumed run can account for this shard."""
+        return {
+            "read": self.read,
+            "embedded": self.embedded,
+            "failed": self.failed,
+            "no_image": self.no_image,
+            "reasons": dict(sorted(self.reasons.items())),
+        }
+
+
+class FailedRows(UsageError):
+    """``on_error="raise"`` met rows that failed; the shard was not written."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What footers alone say about a shard.
+
+    Attributes:
+        todo: positions of the steps that must run.
+        done: the output is there and is what this run would write.
+        conflict: why the output must not be written; empty when nothing stands in the way.
+        footer: of the file whose columns are carried over (the output itself when done or in place).
+        rows: rows of the finished output, or of the table that will be read; None when not known.
+    """
+
+    todo: tuple[int, ...]
+    done: bool = False
+    conflict: str = ""
+    footer: Footer = field(default_factory=Footer)
+    rows: int | None = None
+
+
+def survey(job: ShardJob, shard: Shard, limit: int | None = None) -> Survey:
+    """Decide from footers alone what a shard needs; reads no rows and no images."""
+    fingerprint = shard.fingerprint()
+    there, rows = _schema_and_rows(job.target(shard), job)
+    if job.output is None:
+        found = status(there, job.steps, fingerprint, overwrite=job.overwrite)
+        conflict = found.conflict or _unusable(there, job, job.target(shard))
+        footer = Footer() if there is None else Footer.of(there)
+        done = there is not None and not found.todo and not conflict
+        return Survey(found.todo, done, conflict, footer, rows)
+
+    if there is not None:
+        footer, options = Footer.of(there), job.output_options(limit)
+        found = status(there, job.steps, fingerprint, overwrite=job.overwrite)
+        if footer.output == options and not found.todo and not found.conflict:
+            return Survey((), True, "", footer, rows)
+        if not job.overwrite and "limit" not in footer.output:
+            if not footer.output:
+                why = "the file is already there and is not an output of curator-embed"
+            elif found.conflict:
+                why = found.conflict
+            elif footer.output != options:
+                why = f"was written with other options ({footer.output} there, {options} now)"
+            else:
+                why = "is already there without the new columns; add them in place (open it, no output path)"
+            return Survey((), False, why, footer, rows)
+
+    everything = tuple(range(len(job.steps)))
+    table = shard.table_path()
+    if table is None:
+        return Survey(everything)
+    source, rows = _schema_and_rows(table, job)
+    found = status(source, job.steps, fingerprint, overwrite=job.overwrite)
+    conflict = found.conflict or _unusable(source, job, table)
+    # Columns that are already right in the input are copied, not computed again.
+    return Survey(found.todo, False, conflict, Footer() if source is None else Footer.of(source), rows)
+
+
+def _schema_and_rows(path: str, job: ShardJob) -> tuple[pa.Schema | None, int | None]:
+    try:
+        with Location.of(path, job.storage_options).open_parquet() as parquet:
+            return parquet.schema_arrow, parquet.metadata.num_rows
+    except FileNotFoundError:
+        return None, None
+
+
+def _unusable(schema: pa.Schema | None, job: ShardJob, path: str) -> str:
+    """Why a table cannot be worked on as asked; empty when it can."""
+    if schema is None:
+        return ""
+    if job.id_col not in schema.names:
+        return f"the table has no column '{job.id_col}'; choose the id column (it has: {', '.join(schema.names[:12])})"
+    ours = Footer.of(schema).columns
+    if not job.overwrite and ERROR_COLUMN in schema.names and ERROR_COLUMN not in ours:
+        return f"column '{ERROR_COLUMN}' is already there and does not say what made it"
+    return ""
+
+
+@dataclass
+class _Table:
+    """A shard's existing rows, without holding more than their ids."""
+
+    location: Location | None
+    token: Token | None
+    schema: pa.Schema | None
+    id_type: pa.DataType | None
+    ids: list[str | None]
+    errors: pa.ChunkedArray | None
+
+
+class ShardRun:
+    """One shard between ``begin`` and ``finish``."""
+
+    def __init__(self, job: ShardJob, shard: Shard, pipeline: Pipeline, limit: int | None = None) -> None:
+        self.job, self.shard, self.pipeline, self.limit = job, shard, pipeline, limit
+        self.report = ShardReport(shard.name)
+        self.keys: list[str] = []
+        self.source_errors: dict[int, Reason] = {}
+        self.has_image: list[bool] = []
+        self.kept_samples: list[Sample] = []
+        self._details: dict[int, str] = {}
+        self._stack = ExitStack()
+        self.opened: OpenShard | None = None
+
+    # -- begin ---------------------------------------------------------------------------
+
+    def begin(self) -> bool:
+        """Read the shard into the pipeline. Returns False when it is already done."""
+        self.target = Location.of(self.job.target(self.shard), self.job.storage_options)
+        self.target_token = self.target.token()
+        found = survey(self.job, self.shard, self.limit)
+        if found.conflict:
+            raise UsageError(f"{self.job.target(self.shard)}: {found.conflict}")
+        if found.done:
+            self.report = ShardReport.of_finished(self.shard.name, found.footer)
+            return False
+        self.todo, self.footer = found.todo, found.footer
+        failpoint("shard.started")
+        self.fingerprint = self.shard.fingerprint()
+        self.table = self._read_ids()
+        self.numeric = key_normaliser(self.table.id_type)
+        self.opened = self._stack.enter_context(
+            self.pipeline.shard([p for p in self.todo if not _reads_itself(self.job.steps[p])])
+        )
+        try:
+            self._feed(self.opened)
+        except BaseException:
+            self.abandon()
+            raise
+        failpoint("shard.read")
+        return True
+
+    def _read_ids(self) -> _Table:
+        path = self.shard.table_path()
+        if path is None:
+            return _Table(None, None, None, None, [], None)
+        location = Location.of(path, self.job.storage_options)
+        token = location.token()
+        with location.open_parquet() as parquet:
+            schema = parquet.schema_arrow
+            if self.job.id_col not in schema.names:
+                raise SourceError(
+                    path,
+                    f"has no column '{self.job.id_col}'",
+                    f"Choose the id column with id_col= (it has: {', '.join(schema.names[:12])})",
+                )
+            ours = ERROR_COLUMN in schema.names and ERROR_COLUMN in Footer.of(schema).columns
+            table = parquet.read(columns=[self.job.id_col, *([ERROR_COLUMN] if ours else [])])
+        if self.limit is not None:
+            table = table.slice(0, self.limit)
+        column = table.column(self.job.id_col)
+        errors = table.column(ERROR_COLUMN) if ours else None
+        return _Table(location, token, schema, column.type, ids_as_text(column), errors)
+
+    def _feed(self, opened: OpenShard) -> None:
+        """Read every sample once; hand in the images whose values somebody will get."""
+        in_place = self.job.output is None
+        wanted = set(self.table.ids) if self.table.location is not None and in_place else None
+        need_extras = self.table.location is None
+        needs_images = bool(self.todo) and not all(_reads_itself(self.job.steps[p]) for p in self.todo)
+        clock = self.pipeline.clock
+        with self.pipeline.feeding():
+            samples = self.shard.samples(id_col=self.job.id_col, extras=need_extras)
+            while True:
+                start = time.perf_counter()
+                sample = next(samples, None)
+                clock.add("read", time.perf_counter() - start)
+                if sample is None:
+                    break
+                ordinal = len(self.keys)
+                if need_extras and self.limit is not None and ordinal >= self.limit:
+                    break
+                key = normalise_key(sample.key, self.numeric)
+                self.keys.append(key)
+                self.has_image.append(sample.image is not None or sample.error is not None)
+                if need_extras:
+                    self.kept_samples.append(Sample(sample.key, None, sample.error, sample.detail, sample.extras))
+                if sample.error is not None:
+                    self.source_errors[ordinal] = sample.error
+                elif sample.image is not None and needs_images and (wanted is None or key in wanted):
+                    opened.submit(ordinal, sample.image)
+        self.report.notes += self.shard.notes()
+
+    # -- finish --------------------------------------------------------------------------
+
+    def finish(self) -> ShardReport:
+        """Wait for the values, pair them with the rows, write the file."""
+        assert self.opened is not None
+        try:
+            own = {p: self._run_own_reader(p) for p in self.todo if _reads_itself(self.job.steps[p])}
+            self.opened.wait()
+            failpoint("shard.embedded")
+            with self.pipeline.clock.timing("write"):
+                self._write(self.opened, own)
+        finally:
+            self.abandon()
+        failpoint("shard.finished")
+        return self.report
+
+    def abandon(self) -> None:
+        """Let go of the pipeline; values that are still on their way are dropped."""
+        self._stack.close()
+
+    def _run_own_reader(self, position: int) -> dict[str, list[np.ndarray]]:
+        """Embeddings by id from an embedder that reads shards itself (``load_dataset_shard`` overridden)."""
+        step: Any = self.job.steps[position]
+        source = self.shard.image_source()
+        found: dict[str, list[np.ndarray]] = {}
+        if source is None:
+            return found
+        for ids, vectors in step.embed_shard(source, self.job.device, self.job.id_col):
+            if len(ids) != len(vectors):
+                raise UsageError(
+                    f"{type(step).__name__} gave {len(vectors)} embeddings for {len(ids)} ids of {source}; "
+                    "load_dataset_shard must yield as many ids as images"
+                )
+            for sample_id, vector in zip(ids, vectors, strict=True):
+                found.setdefault(normalise_key(str(sample_id), self.numeric), []).append(vector)
+        return found
+
+    def _write(self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]) -> None:
+        table, job = self.table, self.job
+        if table.location is None:
+            in_memory, row_ids = self._table_from_samples()
+            nobody = np.zeros(len(row_ids), dtype=bool)
+            pairing = Pairing(np.arange(len(row_ids)), nobody, np.empty(0, np.int64), {})
+        else:
+            in_memory, row_ids = None, table.ids
+            pairing = pair(row_ids, self.keys)
+            self._tell_about(pairing, row_ids)
+
+        # Rows of the table first, then rows for images that no row knows.
+        adds_rows = job.output is not None and self.limit is None
+        orphans = pairing.orphans if adds_rows else np.empty(0, np.int64)
+        self.report.images_without_row = len(pairing.orphans) if self.limit is None else 0
+        sample_of_row = np.concatenate([pairing.sample_of_row, orphans])
+        ambiguous = np.concatenate([pairing.ambiguous, np.zeros(len(orphans), dtype=bool)])
+
+        errors = self._error_codes(opened, own, sample_of_row, ambiguous)
+        self._count(errors, row_ids)
+        if job.on_error == "raise" and self.report.failed:
+            raise FailedRows(self._failure())
+        keep = np.arange(len(sample_of_row))
+        if job.on_error == "drop":
+            keep = np.flatnonzero(np.array([code is None for code in errors], dtype=bool))
+        first, added = keep[keep < len(row_ids)], keep[keep >= len(row_ids)]
+        plan = TablePlan(
+            source=table.location,
+            in_memory=in_memory,
+            keep=first,
+            appended=self._rows_for_orphans(sample_of_row[added]) if len(added) else None,
+            appended_rows=added,
+            columns=self._columns(opened, own, sample_of_row, errors),
+            footer=self._footer(row_ids),
+            selected=self._selected(table.schema),
+        )
+        expected = table.token if job.output is None and table.location is not None else self.target_token
+        write_table(plan, self.target, expected)
+
+    def _failure(self) -> str:
+        key, reason = self.report.examples[0]
+        where = self.shard.image_source() or self.shard.name
+        return (
+            f"{where}: {self.report.failed} of {self.report.read} rows failed, the first is '{key}': {reason}. This "
+            "shard was not written; use on_error='keep' or 'drop' to go on without them"
+        )
+
+    def _selected(self, schema: pa.Schema | None) -> list[str] | None:
+        if self.job.select is None or self.job.output is None:
+            return None
+        if schema is not None:
+            missing = [name for name in self.job.select if name not in schema.names and not self._makes(name)]
+            if missing:
+                raise UsageError(f"columns={missing} are not in {self.shard.table_path()} and no step makes them")
+        return [self.job.id_col, *self.job.select]
+
+    def _makes(self, name: str) -> bool:
+        return name == ERROR_COLUMN or any(name in step.columns() for step in self.job.steps)
+
+    def _table_from_samples(self) -> tuple[pa.Table, list[str | None]]:
+        """A shard without a parquet gets its table from what lies beside the images."""
+        table = self.shard.table_from_extras(self.kept_samples)
+        if table is None:
+            table = pa.table({self.job.id_col: pa.array(self.keys, pa.string())})
+        return table, list(self.keys)
+
+    def _rows_for_orphans(self, orphans: np.ndarray) -> pa.Table:
+        """Rows for images that no row knows: their id, and nulls."""
+        assert self.table.schema is not None
+        schema = self.table.schema
+        keys = [self.keys[p] for p in orphans]
+        columns = []
+        for item in schema:
+            if item.name == self.job.id_col:
+                try:
+                    columns.append(pa.array(keys, pa.string()).cast(item.type))
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                    raise SourceError(
+                        self.shard.image_source() or self.shard.name,
+                        f"holds images whose keys ('{keys[0]}', ...) do not fit the id column's type {item.type}",
+                        "Choose the id column that holds the keys, with id_col=",
+                    ) from None
+            else:
+                columns.append(pa.nulls(len(keys), item.type))
+        return pa.Table.from_arrays(columns, schema=schema)
+
+    def _tell_about(self, pairing: Pairing, row_ids: Sequence[str | None]) -> None:
+        path = self.shard.image_source() or self.shard.name
+        if pairing.unequal:
+            key, (rows, samples) = next(iter(pairing.unequal.items()))
+            self._note(
+                path,
+                f"{len(pairing.unequal)} ids occur unequally often in table and images ('{key}': {rows} rows, "
+                f"{samples} images); their rows carry '{Reason.AMBIGUOUS_ID}'",
+            )
+        if row_ids and self.keys and (pairing.sample_of_row < 0).all() and not pairing.unequal:
+            self._note(
+                path,
+                f"no image has an id of the table's column '{self.job.id_col}' "
+                f"(table: '{row_ids[0]}', images: '{self.keys[0]}'); choose another with id_col=",
+            )
+        if len(pairing.orphans) and self.limit is None:
+            what = "left out: pass an output path to get rows for them" if self.job.output is None else "added as rows"
+            self._note(path, f"{len(pairing.orphans)} images have no row in the table, {what}")
+
+    def _note(self, path: str, message: str) -> None:
+        self.report.notes.append(Note(self.shard.name, path, message))
+
+    def _error_codes(
+        self,
+        opened: OpenShard,
+        own: Mapping[int, dict[str, list[np.ndarray]]],
+        sample_of_row: np.ndarray,
+        ambiguous: np.ndarray,
+    ) -> list[str | None]:
+        """One code a row, None where all went well."""
+        codes: list[str | None] = []
+        for row, ordinal in enumerate(sample_of_row):
+            code: str | None = None
+            if ambiguous[row]:
+                code = Reason.AMBIGUOUS_ID
+            elif ordinal < 0 or not self.has_image[ordinal]:
+                code = Reason.NO_IMAGE
+            elif ordinal in self.source_errors:
+                code = self.source_errors[ordinal]
+            elif ordinal in opened.errors:
+                code = opened.errors[ordinal]
+            elif own and any(not found.get(self.keys[ordinal]) for found in own.values()):
+                code = Reason.EMBED_ERROR
+            codes.append(None if code is None else str(code))
+        return codes
+
+    def _count(self, errors: Sequence[str | None], row_ids: Sequence[str | None]) -> None:
+        report = self.report
+        tally = Counter(code for code in errors if code is not None)
+        report.read = len(errors)
+        report.no_image = tally.pop(Reason.NO_IMAGE, 0)
+        report.failed = sum(tally.values())
+        report.embedded = report.read - report.no_image - report.failed
+        report.reasons = {str(code): count for code, count in sorted(tally.items())}
+        for row, code in enumerate(errors):
+            if code is not None and code != Reason.NO_IMAGE and len(report.examples) < 5:
+                key = row_ids[row] if row < len(row_ids) else None
+                report.examples.append((str(key), code))
+
+    def _columns(
+        self,
+        opened: OpenShard,
+        own: Mapping[int, dict[str, list[np.ndarray]]],
+        sample_of_row: np.ndarray,
+        errors: list[str | None],
+    ) -> dict[str, NewColumn]:
+        columns: dict[str, NewColumn] = {}
+        for position in self.todo:
+            step = self.job.steps[position]
+            for name, kind in step.columns().items():
+                if position in own:
+                    by_row = self._own_vectors(own[position], sample_of_row)
+                    columns[name] = NewColumn(kind, _own_slice(by_row, kind))
+                elif isinstance(step, BatchStep):
+                    columns[name] = NewColumn(kind, _vector_slice(opened, position, sample_of_row, kind))
+                else:
+                    columns[name] = NewColumn(kind, _value_slice(opened, position, name, sample_of_row, kind))
+        codes = pa.array(errors, pa.string())
+        old = self.table.errors
+        if old is not None and len(codes) > len(old):
+            old = pa.chunked_array([*old.chunks, pa.nulls(len(codes) - len(old), pa.string())])
+        merged = merged_errors(old, codes)
+        columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: merged.take(pa.array(rows)))
+        return columns
+
+    def _own_vectors(
+        self, found: dict[str, list[np.ndarray]], sample_of_row: np.ndarray
+    ) -> list[np.ndarray | None]:
+        taken: Counter[str] = Counter()
+        by_row: list[np.ndarray | None] = []
+        for ordinal in sample_of_row:
+            if ordinal < 0:
+                by_row.append(None)
+                continue
+            key = self.keys[ordinal]
+            vectors, k = found.get(key, []), taken[key]
+            by_row.append(vectors[k] if k < len(vectors) else None)
+            taken[key] += 1
+        return by_row
+
+    def _footer(self, row_ids: Sequence[str | None]) -> Footer:
+        samples = {**self.fingerprint, "ids": ids_digest(row_ids)}
+        selected = self._selected(self.table.schema)
+        columns = {n: made for n, made in self.footer.columns.items() if selected is None or n in selected}
+        exceptions = self.report.exceptions
+        for position in self.todo:
+            step = self.job.steps[position]
+            recipe = dict(step.recipe())
+            if isinstance(step, BatchStep) and position in self.pipeline.models:
+                exceptions += self.pipeline.models[position].exceptions()
+            if exceptions:
+                recipe["exceptions"] = list(exceptions)
+            for name in step.columns():
+                columns[name] = {"recipe": recipe, "samples": samples}
+        columns[ERROR_COLUMN] = {"recipe": {"step": "image_error"}, "samples": samples}
+        return Footer(columns, self.report.counts(), self.job.output_options(self.limit), self.job.id_col)
+
+
+def _reads_itself(step: Step) -> bool:
+    return bool(getattr(step, "reads_own_shards", False))
+
+
+def _vector_slice(opened: OpenShard, position: int, sample_of_row: np.ndarray, kind: pa.DataType) -> Any:
+    def values(rows: np.ndarray) -> pa.Array:
+        vectors, present = opened.vectors[position].gather(sample_of_row[rows])
+        return vectors_to_list_array(vectors, present, kind.value_type)
+
+    return values
+
+
+def _own_slice(by_row: list[np.ndarray | None], kind: pa.DataType) -> Any:
+    dtype = kind.value_type.to_pandas_dtype()
+
+    def values(rows: np.ndarray) -> pa.Array:
+        present = np.array([by_row[row] is not None for row in rows], dtype=bool)
+        some = [np.asarray(by_row[row], dtype) for row in rows if by_row[row] is not None]
+        vectors = np.zeros((len(rows), len(some[0]) if some else 0), dtype)
+        if some:
+            vectors[present] = np.stack(some)
+        return vectors_to_list_array(vectors, present, kind.value_type)
+
+    return values
+
+
+def _value_slice(opened: OpenShard, position: int, name: str, sample_of_row: np.ndarray, kind: pa.DataType) -> Any:
+    found = opened.values[position]
+
+    def values(rows: np.ndarray) -> pa.Array:
+        cells = (found.get(int(ordinal)) for ordinal in sample_of_row[rows])
+        return pa.array([None if cell is None else cell.get(name) for cell in cells], kind)
+
+    return values
+
+
+@contextmanager
+def _naming(shard: Shard) -> Iterator[None]:
+    """Say which shard an unexpected error belongs to."""
+    try:
+        yield
+    except (SourceError, UsageError, ImageError):
+        raise
+    except OSError as error:
+        path = shard.image_source() or shard.name
+        raise SourceError(path, f"cannot be read ({error})", "Check that it exists and may be read") from error
+
+
+def run_group(
+    shards: Sequence[Shard], job: ShardJob, pipeline: Pipeline, limit: int | None = None
+) -> list[ShardReport]:
+    """Run several shards one after another, reading the next while the last is still being embedded.
+
+    A shard that cannot be used is reported with its fault; the others go on.
+    """
+    reports: list[ShardReport] = []
+    waiting: list[ShardRun] = []
+
+    def finish(run: ShardRun) -> None:
+        try:
+            with _naming(run.shard):
+                reports.append(run.finish())
+        except (SourceError, UsageError) as error:
+            reports.append(ShardReport(run.shard.name, fault=_fault(error), notes=run.report.notes))
+
+    for shard in shards:
+        run = ShardRun(job, shard, pipeline, limit)
+        try:
+            with _naming(shard):
+                if run.begin():
+                    waiting.append(run)
+                else:
+                    reports.append(run.report)
+        except (SourceError, UsageError) as error:
+            reports.append(ShardReport(shard.name, fault=_fault(error), notes=run.report.notes))
+        while waiting and waiting[0].opened is not None and waiting[0].opened.done():
+            finish(waiting.pop(0))
+        while len(waiting) > MAX_OPEN_SHARDS:
+            finish(waiting.pop(0))
+    for run in waiting:
+        finish(run)
+    if reports:
+        reports[-1].seconds = pipeline.clock.take()
+    return reports
+
+
+def _fault(error: Exception) -> str:
+    kind = "failed_rows" if isinstance(error, FailedRows) else "shard"
+    return f"{kind}: {error}"
+
+
+MAX_OPEN_SHARDS = 8
+"""Shards of one group that may wait for the model at a time; groups hold small shards only."""
+
+

@@ -1,0 +1,114 @@
+"""What runs inside a Dask worker: the pipeline it keeps between tasks, and the task itself."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from distributed import Worker, get_worker
+
+from curator_embed.errors import UsageError
+from curator_embed.execution.engines import CpuEngine
+from curator_embed.execution.pipeline import DecodeEngine, Pipeline
+from curator_embed.execution.shard_run import ShardJob, ShardReport, run_group
+from curator_embed.sources.shard import Shard
+from curator_embed.steps import BatchStep
+
+PROGRESS_EVERY_S = 0.5
+
+
+def build_pipeline(job: ShardJob, on_images: Callable[[int], None] | None = None) -> Pipeline:
+    """Load the models and start the threads for a job on this process's device."""
+    models = {
+        position: step.load_model(job.device, job.model_threads)
+        for position, step in enumerate(job.steps)
+        if isinstance(step, BatchStep) and not getattr(step, "reads_own_shards", False)
+    }
+    return Pipeline(
+        build_engine(job),
+        models,
+        [position for position in range(len(job.steps)) if position not in models],
+        threads=job.decode_threads,
+        on_images=on_images,
+    )
+
+
+def build_engine(job: ShardJob) -> DecodeEngine:
+    """The decode engine for the job's device."""
+    if job.engine == "cpu":
+        return CpuEngine(job.steps)
+    raise UsageError(f"there is no decode engine '{job.engine}'; choose 'cpu'")
+
+
+def job_key(job: ShardJob) -> str:
+    """Identifies a job's full configuration: two jobs with one key can share a pipeline."""
+    return hashlib.sha256(pickle.dumps(job)).hexdigest()
+
+
+class PipelineKeeper:
+    """The pipelines of one worker, by job. Lives on the worker object, dies with it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pipelines: dict[str, Pipeline] = {}
+
+    @classmethod
+    def of(cls, worker: Worker) -> PipelineKeeper:
+        """The worker's keeper, made on first use."""
+        keeper = worker.__dict__.setdefault("_curator_embed_pipelines", cls())
+        assert isinstance(keeper, cls)
+        return keeper
+
+    def get(self, run: str, job: ShardJob, on_images: Callable[[int], None]) -> Pipeline:
+        """The run's pipeline, built by whoever comes first while the others wait."""
+        with self._lock:
+            if run not in self._pipelines:
+                self._pipelines[run] = build_pipeline(job, on_images)
+            return self._pipelines[run]
+
+    def close(self, run: str) -> None:
+        """Stop a run's threads and let go of its models."""
+        with self._lock:
+            pipeline = self._pipelines.pop(run, None)
+        if pipeline is not None:
+            pipeline.close()
+
+
+class ProgressReporter:
+    """Tells the driver how many images are through, twice a second at most."""
+
+    def __init__(self, worker: Worker, topic: str) -> None:
+        self._worker, self._topic = worker, topic
+        self._lock = threading.Lock()
+        self._count, self._told = 0, time.monotonic()
+
+    def __call__(self, images: int) -> None:
+        """Count images that are through."""
+        with self._lock:
+            self._count += images
+            now = time.monotonic()
+            if now - self._told < PROGRESS_EVERY_S:
+                return
+            count, self._count, self._told = self._count, 0, now
+        self._worker.log_event(self._topic, {"images": count})
+
+
+def progress_topic(run: str) -> str:
+    """Where a run's workers report progress."""
+    return f"curator-embed-{run}"
+
+
+def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None = None) -> list[ShardReport]:
+    """The Dask task: run these shards on this worker's pipeline."""
+    worker = get_worker()
+    pipeline = PipelineKeeper.of(worker).get(run, job, ProgressReporter(worker, progress_topic(run)))
+    return run_group(shards, job, pipeline, limit)
+
+
+def close_run(run: str, dask_worker: Any = None) -> None:
+    """Let go of a run's pipeline on this worker (called through ``Client.run``)."""
+    PipelineKeeper.of(dask_worker).close(run)

@@ -63,6 +63,10 @@ class BatchStep(Step):
         """
 
     @abstractmethod
+    def on_device(self, device: str) -> BatchStep:
+        """A copy whose recipe is for this torch device ("cpu", "cuda")."""
+
+    @abstractmethod
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         """Build the model on this worker; called once per worker and configuration."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +9,7 @@ from curator_embed.errors import UsageError
 from curator_embed.execution.shard_run import ShardJob
 from curator_embed.sources.shard import Shard
 from curator_embed.sources.webdataset import find_shards
-from curator_embed.steps import BatchStep, Step
+from curator_embed.steps import Step
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -40,7 +39,7 @@ class ImageTextPairDataset:
         self._shards, self.id_col, self._steps = tuple(shards), id_col, tuple(steps)
         self.storage_options = dict(storage_options or {})
         self._metadata: dd.DataFrame | None = None
-        self._metadata_as_read: Any = None
+        self._columns_as_read: list[str] = []
 
     @classmethod
     def from_webdataset(
@@ -71,7 +70,10 @@ class ImageTextPairDataset:
         """
         shards: list[Shard] = list(
             find_shards(
-                path, id_col=id_col, storage_options=storage_options, use_index_files=use_index_files,
+                path,
+                id_col=id_col,
+                storage_options=storage_options,
+                use_index_files=use_index_files,
                 key_split=key_split,
             )
         )
@@ -116,9 +118,10 @@ class ImageTextPairDataset:
                 f"two steps would write the column '{doubled[0]}'; give one of them another column name "
                 "(image_embedding_column=...)"
             )
-        return self._like(self._shards, (*self._steps, step))
+        return self.like(self._shards, (*self._steps, step))
 
-    def _like(self, shards: Sequence[Shard], steps: Sequence[Step]) -> ImageTextPairDataset:
+    def like(self, shards: Sequence[Shard], steps: Sequence[Step]) -> ImageTextPairDataset:
+        """A dataset of other shards and steps, otherwise like this one."""
         return ImageTextPairDataset(shards, self.id_col, steps, storage_options=self.storage_options)
 
     # -- runs --------------------------------------------------------------------------------
@@ -134,8 +137,8 @@ class ImageTextPairDataset:
         if self._metadata is None:
             from curator_embed.datasets.frames import metadata_frame
 
-            self._metadata = metadata_frame(self._shards, self._job(None))
-            self._metadata_as_read = self._metadata.copy()
+            self._metadata = metadata_frame(self)
+            self._columns_as_read = list(self._metadata.columns)
         return self._metadata
 
     @metadata.setter
@@ -148,13 +151,14 @@ class ImageTextPairDataset:
         self.metadata  # noqa: B018  remember what was read, to know later what was added
         self._metadata = frame
 
-    def _job(
+    def job(
         self,
         output: str | None,
         columns: Sequence[str] | None = None,
         on_error: Literal["keep", "drop", "raise"] = "keep",
         overwrite: bool = False,
     ) -> ShardJob:
+        """The pending steps as a job for ``execution``, not yet placed on any device."""
         threads = [step.num_threads_per_worker for step in self._steps if hasattr(step, "num_threads_per_worker")]
         return ShardJob(
             steps=self._steps,
@@ -240,25 +244,34 @@ class ImageTextPairDataset:
         from curator_embed.datasets.export import export
 
         return export(
-            self, str(path), filter_column, samples_per_shard, max_shards, old_id_col,
-            overwrite=overwrite, progress=progress,
+            self,
+            str(path),
+            filter_column,
+            samples_per_shard,
+            max_shards,
+            old_id_col,
+            overwrite=overwrite,
+            progress=progress,
         )
 
     def added_columns(self) -> list[str]:
         """Columns that were assigned to ``metadata`` and are in no file yet."""
-        if self._metadata is None or self._metadata_as_read is None:
+        if self._metadata is None:
             return []
-        return [name for name in self._metadata.columns if name not in set(self._metadata_as_read.columns)]
+        return [name for name in self._metadata.columns if name not in self._columns_as_read]
 
-    def _read_from(self, saved: ImageTextPairDataset) -> None:
+    def first_images(self, count: int) -> list[bytes]:
+        """The first ``count`` encoded images, in the order they are stored."""
+        found: list[bytes] = []
+        for shard in self._shards:
+            for sample in shard.samples(id_col=self.id_col):
+                if sample.image is not None:
+                    found.append(sample.image)
+                if len(found) >= count:
+                    return found
+        return found
+
+    def read_from(self, saved: ImageTextPairDataset) -> None:
         """After a save: this object reads from there as well, with nothing pending."""
         self._shards, self._steps = saved._shards, ()
-        self._metadata = self._metadata_as_read = None
-
-
-def wants_gpu(steps: Sequence[Step]) -> bool:
-    """Whether any pending step has a model that could use one."""
-    return any(isinstance(step, BatchStep) for step in steps)
-
-
-_ = dataclasses
+        self._metadata, self._columns_as_read = None, []

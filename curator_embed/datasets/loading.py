@@ -79,7 +79,9 @@ def load_embeddings(
 
 def _as_matrix(lists: pa.Array, file: str, column: str) -> tuple[np.ndarray, np.ndarray]:
     """A list or fixed-size-list column -> (n, dim) and which rows are present."""
-    if not (pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)):
+    if not (
+        pa.types.is_list(lists.type) or pa.types.is_large_list(lists.type) or pa.types.is_fixed_size_list(lists.type)
+    ):
         raise UsageError(f"{file}: column '{column}' holds {lists.type}, not vectors")
     present = np.asarray(lists.is_valid())
     flat = lists.drop_null().flatten().to_numpy(zero_copy_only=False)

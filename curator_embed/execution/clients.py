@@ -101,8 +101,9 @@ def _connect(address: str | None, file: str | None) -> Client:
         return Client(address) if address is not None else Client(scheduler_file=file)
     except (OSError, TimeoutError, ValueError) as error:
         where = address or file
-        raise CuratorEmbedError(f"no Dask scheduler answers at {where} ({error}); is it running, and reachable from "
-                                "this machine?") from error
+        raise CuratorEmbedError(
+            f"no Dask scheduler answers at {where} ({error}); is it running, and reachable from this machine?"
+        ) from error
 
 
 @contextmanager

@@ -212,30 +212,40 @@ def write_table(plan: TablePlan, target: Location, expected: Token | None, *, ch
             os.makedirs(target.parent, exist_ok=True)
         except OSError as error:
             raise _explained(error, target) or error from None
+    written = 0
+    with _output(plan) as (schema, tables), replacing(target, expected, check=check) as file:
+        # A dictionary can only cost time on vectors, which do not repeat.
+        flat = [item.name for item in schema if not pa.types.is_nested(item.type)]
+        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=flat) as writer:
+            for table in tables:
+                writer.write_table(table)
+                written += table.num_rows
+    return written
+
+
+def collect_table(plan: TablePlan) -> pa.Table:
+    """The table that ``write_table`` would write, in memory."""
+    with _output(plan) as (schema, tables):
+        return pa.Table.from_batches([batch for table in tables for batch in table.to_batches()], schema=schema)
+
+
+@contextmanager
+def _output(plan: TablePlan) -> Iterator[tuple[pa.Schema, Iterator[pa.Table]]]:
+    """The output's schema and its rows, a row group at a time."""
     with _pieces(plan) as (schema, pieces):
-        new_names = list(plan.columns)
-        fields = [f for f in schema if f.name not in new_names and (plan.selected is None or f.name in plan.selected)]
-        out_schema = pa.schema(
-            [*fields, *(pa.field(name, column.type) for name, column in plan.columns.items())],
-            metadata={**(schema.metadata or {}), FOOTER_KEY: plan.footer.to_bytes()},
-        )
-        written = 0
-        with replacing(target, expected, check=check) as file:
-            # No statistics or dictionary for the embeddings: neither can help, both cost time.
-            lists = [name for name, column in plan.columns.items() if pa.types.is_list(column.type)]
-            with pq.ParquetWriter(
-                file,
-                out_schema,
-                compression="zstd",
-                use_dictionary=[f.name for f in out_schema if f.name not in lists and not pa.types.is_nested(f.type)],
-                column_encoding=None,
-            ) as writer:
-                for rows, table in pieces:
-                    arrays = [table.column(f.name) for f in fields]
-                    arrays += [pa.chunked_array([column.values(rows)]) for column in plan.columns.values()]
-                    writer.write_table(pa.Table.from_arrays(arrays, schema=out_schema))
-                    written += len(rows)
-        return written
+        fields = [
+            f for f in schema if f.name not in plan.columns and (plan.selected is None or f.name in plan.selected)
+        ]
+        fields_out = [*fields, *(pa.field(name, column.type) for name, column in plan.columns.items())]
+        out = pa.schema(fields_out, metadata={**(schema.metadata or {}), FOOTER_KEY: plan.footer.to_bytes()})
+
+        def tables() -> Iterator[pa.Table]:
+            for rows, table in pieces:
+                arrays = [table.column(f.name) for f in fields]
+                arrays += [pa.chunked_array([column.values(rows)]) for column in plan.columns.values()]
+                yield pa.Table.from_arrays(arrays, schema=out)
+
+        yield out, tables()
 
 
 @contextmanager
@@ -299,4 +309,3 @@ def vectors_to_list_array(vectors: np.ndarray, present: np.ndarray, value_type: 
     offsets = np.concatenate([[0], np.cumsum(np.where(present, dim, 0))]).astype(np.int32)
     values = pa.array(np.ascontiguousarray(vectors[present]).reshape(-1), type=value_type)
     return pa.ListArray.from_arrays(pa.array(offsets), values, mask=pa.array(~present))
-

@@ -102,7 +102,9 @@ def make_plan(shards: Sequence[Shard], job: ShardJob, *, cores: int, limit: int 
         rows = sum(size for size in sizes if size is not None)
         known = all(size is not None for size in sizes)
         wanted = min(rows, limit) if limit is not None else rows
-        steps = tuple(_settle(step, footers, cores, wanted if known or limit is not None else None) for step in job.steps)
+        steps = tuple(
+            _settle(step, footers, cores, wanted if known or limit is not None else None) for step in job.steps
+        )
         job = dataclasses.replace(job, steps=steps)
         surveys = list(pool.map(lambda s: survey(job, s, limit), shards))
     plan = RunPlan(job, list(shards), surveys)
@@ -201,9 +203,14 @@ def execute(
     *,
     limit: int | None = None,
     progress: bool = True,
-    prepare: Callable[[Client, ShardJob], ShardJob] | None = None,
+    place: Callable[[Client, ShardJob], ShardJob],
 ) -> tuple[RunReport, RunPlan]:
     """Carry a job out on the current Dask client, or on one in-process worker.
+
+    Args:
+        limit: only the first so many rows.
+        progress: show a progress bar.
+        place: chooses device and engine once the workers are known.
 
     Raises:
         UsageError: the job cannot be carried out as asked; nothing was changed.
@@ -214,9 +221,8 @@ def execute(
     folder = _output_folder(job, shards)
     _check_writable(folder)
     with OutputLock(folder), some_client() as client:
-        if prepare is not None:
-            job = prepare(client, job)
-        plan = make_plan(shards, job, cores=_cores_per_worker(client), limit=limit)
+        job = place(client, job)
+        plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit)
         check_plan(plan)
         clear_temporaries(folder)
         report = RunReport(settings=plan.settings)
@@ -277,7 +283,7 @@ def _raise_for(report: RunReport) -> None:
         )
 
 
-def _cores_per_worker(client: Client) -> int:
+def cores_per_worker(client: Client) -> int:
     """CPU cores that each worker can call its own: a machine's cores over its workers."""
     found = client.run(_host_and_cores)
     per_host: dict[str, int] = {}
@@ -289,7 +295,9 @@ def _cores_per_worker(client: Client) -> int:
 def _host_and_cores() -> tuple[str, int]:
     import socket
 
-    return socket.gethostname(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return socket.gethostname(), len(os.sched_getaffinity(0)) if hasattr(
+        os, "sched_getaffinity"
+    ) else os.cpu_count() or 1
 
 
 @contextmanager

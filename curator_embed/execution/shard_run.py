@@ -23,6 +23,7 @@ from curator_embed.execution.output import (
     NewColumn,
     TablePlan,
     Token,
+    collect_table,
     merged_errors,
     vectors_to_list_array,
     write_table,
@@ -331,11 +332,24 @@ class ShardRun:
             self.opened.wait()
             failpoint("shard.embedded")
             with self.pipeline.clock.timing("write"):
-                self._write(self.opened, own)
+                plan = self._plan(self.opened, own)
+                table = self.table
+                expected = table.token if self.job.output is None and table.location is not None else self.target_token
+                write_table(plan, self.target, expected)
         finally:
             self.abandon()
         failpoint("shard.finished")
         return self.report
+
+    def collect(self) -> pa.Table:
+        """As ``finish``, but returns the table instead of writing it."""
+        assert self.opened is not None
+        try:
+            own = {p: self._run_own_reader(p) for p in self.todo if _reads_itself(self.job.steps[p])}
+            self.opened.wait()
+            return collect_table(self._plan(self.opened, own))
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
         """Let go of the pipeline; values that are still on their way are dropped."""
@@ -358,7 +372,8 @@ class ShardRun:
                 found.setdefault(normalise_key(str(sample_id), self.numeric), []).append(vector)
         return found
 
-    def _write(self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]) -> None:
+    def _plan(self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]) -> TablePlan:
+        """Pair values with rows, count, and say what the output table is."""
         table, job = self.table, self.job
         if table.location is None:
             in_memory, row_ids = self._table_from_samples()
@@ -384,7 +399,7 @@ class ShardRun:
         if job.on_error == "drop":
             keep = np.flatnonzero(np.array([code is None for code in errors], dtype=bool))
         first, added = keep[keep < len(row_ids)], keep[keep >= len(row_ids)]
-        plan = TablePlan(
+        return TablePlan(
             source=table.location,
             in_memory=in_memory,
             keep=first,
@@ -394,8 +409,6 @@ class ShardRun:
             footer=self._footer(row_ids),
             selected=self._selected(table.schema),
         )
-        expected = table.token if job.output is None and table.location is not None else self.target_token
-        write_table(plan, self.target, expected)
 
     def _failure(self) -> str:
         key, reason = self.report.examples[0]
@@ -529,9 +542,7 @@ class ShardRun:
         columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: merged.take(pa.array(rows)))
         return columns
 
-    def _own_vectors(
-        self, found: dict[str, list[np.ndarray]], sample_of_row: np.ndarray
-    ) -> list[np.ndarray | None]:
+    def _own_vectors(self, found: dict[str, list[np.ndarray]], sample_of_row: np.ndarray) -> list[np.ndarray | None]:
         taken: Counter[str] = Counter()
         by_row: list[np.ndarray | None] = []
         for ordinal in sample_of_row:
@@ -655,5 +666,3 @@ def _fault(error: Exception) -> str:
 
 MAX_OPEN_SHARDS = 8
 """Shards of one group that may wait for the model at a time; groups hold small shards only."""
-
-

@@ -6,15 +6,18 @@ import hashlib
 import pickle
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pyarrow as pa
 from distributed import Worker, get_worker
 
 from curator_embed.errors import UsageError
 from curator_embed.execution.engines import CpuEngine
+from curator_embed.execution.output import Location
 from curator_embed.execution.pipeline import DecodeEngine, Pipeline
-from curator_embed.execution.shard_run import ShardJob, ShardReport, run_group
+from curator_embed.execution.shard_run import ShardJob, ShardReport, ShardRun, run_group
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep
 
@@ -42,6 +45,48 @@ def build_engine(job: ShardJob) -> DecodeEngine:
     if job.engine == "cpu":
         return CpuEngine(job.steps)
     raise UsageError(f"there is no decode engine '{job.engine}'; choose 'cpu'")
+
+
+def read_partition(shard: Shard, job: ShardJob) -> pa.Table:
+    """One shard's table with the pending columns computed, for data frames; nothing is written.
+
+    Runs in whatever process evaluates the frame, a Dask worker or not.
+    """
+    with _frames.lease(job) as pipeline:
+        run = ShardRun(job, shard, pipeline)
+        if run.begin():
+            return run.collect()
+    with Location.of(job.target(shard), job.storage_options).open_parquet() as parquet:
+        return parquet.read()
+
+
+class FramePipelines:
+    """The pipeline behind data frames whose columns are pending: the last job's is kept for the next partition."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[str, Pipeline] = {}
+        self._users: dict[str, int] = {}
+
+    @contextmanager
+    def lease(self, job: ShardJob) -> Iterator[Pipeline]:
+        """The job's pipeline for the length of the block; pipelines of other jobs go once nobody uses them."""
+        key = job_key(job)
+        with self._lock:
+            if key not in self._kept:
+                for other in [k for k in self._kept if not self._users.get(k)]:
+                    self._kept.pop(other).close()
+                self._kept[key] = build_pipeline(job)
+            self._users[key] = self._users.get(key, 0) + 1
+            pipeline = self._kept[key]
+        try:
+            yield pipeline
+        finally:
+            with self._lock:
+                self._users[key] -= 1
+
+
+_frames = FramePipelines()
 
 
 def job_key(job: ShardJob) -> str:

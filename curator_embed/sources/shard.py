@@ -5,7 +5,7 @@ execution knows only this page.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,19 @@ class Sample:
     error: Reason | None = None
     detail: str = ""
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSample:
+    """One sample's members as they lie in the source.
+
+    Attributes:
+        ordinal: its position in the order of ``Shard.samples``.
+        members: (extension without the first dot, bytes) of each member, in their order.
+    """
+
+    ordinal: int
+    members: tuple[tuple[str, bytes], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,18 @@ class Shard(ABC):
 
         Raises:
             SourceError: the source cannot be used at all (not a tar, no access, ...).
+        """
+
+    def keys(self, *, id_col: str) -> list[str]:
+        """``Sample.key`` of every sample, in order; sources that can tell without the images override this."""
+        return [sample.key for sample in self.samples(id_col=id_col)]
+
+    @abstractmethod
+    def stored_samples(self, ordinals: Collection[int]) -> Iterator[StoredSample]:
+        """Everything stored of some samples, byte for byte, in the order of the source.
+
+        Args:
+            ordinals: positions of the wanted samples in the order of ``samples``.
         """
 
     @abstractmethod

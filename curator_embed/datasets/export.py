@@ -1,0 +1,330 @@
+"""Export: the samples worth keeping, as new webdataset shards with their encoded bytes untouched.
+
+A first pass reads one boolean column; a pure planner then says which rows make up which new shard,
+so that every new shard is written on its own, in parallel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import dask
+import numpy as np
+import pyarrow as pa
+from distributed import as_completed
+from tqdm.auto import tqdm
+
+from curator_embed.errors import UsageError
+from curator_embed.execution.clients import some_client
+from curator_embed.execution.lock import OutputLock
+from curator_embed.execution.output import Location, TablePlan, replacing, write_table
+from curator_embed.execution.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
+from curator_embed.execution.provenance import Footer
+from curator_embed.execution.worker import read_partition
+from curator_embed.sources.files import fingerprint
+from curator_embed.sources.shard import Shard
+
+if TYPE_CHECKING:
+    from curator_embed.datasets.image_text_pair import ImageTextPairDataset
+    from curator_embed.execution.shard_run import ShardJob
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some kept rows of one input shard: the ``start``-th to the ``stop``-th row that the filter keeps."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def plan_shards(kept: Sequence[int], samples_per_shard: int) -> list[list[Piece]]:
+    """Cut the kept rows of all input shards, in order, into new shards.
+
+    Args:
+        kept: rows the filter keeps, per input shard.
+        samples_per_shard: rows in each new shard; the last may have fewer.
+    """
+    shards: list[list[Piece]] = []
+    room = 0
+    for number, count in enumerate(kept):
+        start = 0
+        while start < count:
+            if room == 0:
+                shards.append([])
+                room = samples_per_shard
+            stop = min(count, start + room)
+            shards[-1].append(Piece(number, start, stop))
+            room -= stop - start
+            start = stop
+    return shards
+
+
+@dataclass
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        kept: rows the filter kept; ``kept == exported + no_image``.
+        exported: samples written.
+        no_image: kept rows that have no image, left out of the new shards.
+        shards: new shards.
+        skipped: of those, how many an earlier run had already written.
+        dataset: the new dataset.
+    """
+
+    read: int = 0
+    kept: int = 0
+    exported: int = 0
+    no_image: int = 0
+    shards: int = 0
+    skipped: int = 0
+    notes: list[str] = field(default_factory=list)
+    dataset: ImageTextPairDataset | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, without the dataset."""
+        names = ("read", "kept", "exported", "no_image", "shards", "skipped", "notes")
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.exported:,} of {self.read:,} samples exported to {self.shards:,} shards"
+            + (f" ({self.skipped:,} were there already)" if self.skipped else "")
+            + (f"; {self.no_image:,} rows were kept by the filter but have no image" if self.no_image else "")
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every export task needs to know."""
+
+    path: str
+    job: ShardJob
+    filter_column: str
+    shard_digits: int
+    sample_digits: int
+    old_id_col: str | None
+    overwrite: bool
+
+
+def export(
+    dataset: ImageTextPairDataset,
+    path: str,
+    filter_column: str,
+    samples_per_shard: int,
+    max_shards: int,
+    old_id_col: str | None,
+    *,
+    overwrite: bool,
+    progress: bool,
+) -> ExportReport:
+    """See ``ImageTextPairDataset.to_webdataset``."""
+    if samples_per_shard < 1:
+        raise UsageError(f"samples_per_shard={samples_per_shard}: at least 1")
+    if max_shards < 1:
+        raise UsageError(f"max_shards={max_shards} is the number of digits in shard names: at least 1")
+    if old_id_col == dataset.id_col:
+        raise UsageError(f"old_id_col='{old_id_col}' is the id column itself; choose another name for the old ids")
+    if dataset.steps:
+        raise UsageError("the dataset has pending steps; call save_metadata() first, then export what it saved")
+    frame = dataset.metadata
+    if filter_column not in frame.columns:
+        raise UsageError(
+            f"no column '{filter_column}' to filter by; the metadata has: {', '.join(map(str, frame.columns))}"
+        )
+    folder = Location.of(path, dataset.storage_options)
+    report = ExportReport()
+    with some_client() as client:
+        # The filter may be assigned and in no file: evaluate the frame, a partition at a time.
+        parts = frame[[filter_column]].to_delayed()
+        counts: list[tuple[int, int]] = []
+        for start in range(0, len(parts), 256):
+            masks = [dask.delayed(_kept_rows)(part, filter_column) for part in parts[start : start + 256]]
+            counts += client.gather(client.compute([dask.delayed(_count)(mask) for mask in masks]))
+        report.read = sum(rows for rows, _ in counts)
+        kept = [kept for _, kept in counts]
+        report.kept = sum(kept)
+        plans = plan_shards(kept, samples_per_shard)
+        if len(plans) > 10**max_shards:
+            raise UsageError(f"{len(plans)} shards do not fit into {max_shards} digits; raise max_shards")
+        job = _Job(
+            path.rstrip("/"),
+            dataset.job(None),
+            filter_column,
+            max_shards,
+            max(1, math.ceil(math.log10(samples_per_shard))),
+            old_id_col,
+            overwrite,
+        )
+        with OutputLock(folder), tqdm(total=report.kept, unit="img", disable=not progress) as bar:
+            _check_folder(folder, len(plans), max_shards, overwrite)
+            waiting = iter(enumerate(plans))
+
+            def start(count: int) -> list[Any]:
+                """Hand the next new shards to the workers."""
+                tasks = []
+                for number, pieces in islice(waiting, count):
+                    inputs = [(dataset.shards[p.shard], parts[p.shard], p.start, p.stop) for p in pieces]
+                    tasks.append(dask.delayed(_export_shard)(number, inputs, job))
+                return list(client.compute(tasks))
+
+            running = as_completed(start(max(2, 2 * sum(client.nthreads().values()))))
+            for future in running:
+                exported, missing, skipped, notes = future.result()
+                report.exported += exported
+                report.no_image += missing
+                report.skipped += skipped
+                report.shards += 1
+                report.notes += notes
+                bar.update(exported + missing)
+                running.update(start(1))
+    if report.shards:
+        report.dataset = type(dataset).from_webdataset(
+            path, id_col=dataset.id_col, storage_options=dataset.storage_options
+        )
+    return report
+
+
+def _kept_rows(part: Any, column: str) -> tuple[int, np.ndarray]:
+    """(rows, positions of rows whose value is true) of one partition; null is false."""
+    series = part[column]
+    if hasattr(series, "to_pandas"):
+        series = series.to_pandas()
+    array = pa.array(series, from_pandas=True)
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    if pa.types.is_null(array.type):
+        return len(array), np.empty(0, dtype=np.int64)
+    if not (pa.types.is_boolean(array.type) or pa.types.is_integer(array.type)):
+        raise UsageError(f"column '{column}' holds {array.type}, not true and false")
+    return len(array), np.flatnonzero(array.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False))
+
+
+def _count(kept: tuple[int, np.ndarray]) -> tuple[int, int]:
+    return kept[0], len(kept[1])
+
+
+def _check_folder(folder: Location, shards: int, digits: int, overwrite: bool) -> None:
+    """The folder must be new, or hold a former state of this very export."""
+    if overwrite or not folder.fs.exists(folder.path):
+        return
+    ours = {f"{number:0{digits}d}" for number in range(shards)}
+    for found in folder.fs.ls(folder.path, detail=False):
+        name = found.rpartition("/")[2]
+        stem, _, kind = name.rpartition(".")
+        if kind in ("tar", "parquet") and stem not in ours:
+            raise UsageError(
+                f"{folder.path} already holds other shards ({name}); export into a new folder, or pass overwrite=True"
+            )
+
+
+def _export_shard(
+    number: int, inputs: list[tuple[Shard, Any, int, int]], export_job: _Job
+) -> tuple[int, int, int, list[str]]:
+    """Write one new shard. Returns (samples written, kept rows without image, 1 if it was there, notes).
+
+    Args:
+        inputs: (input shard, its part of the frame, first kept row, end of kept rows).
+    """
+    job, name = export_job.job, f"{number:0{export_job.shard_digits}d}"
+    tar = Location.of(f"{export_job.path}/{name}.tar", job.storage_options)
+    target = Location.of(f"{export_job.path}/{name}.parquet", job.storage_options)
+    tables: list[pa.Table] = []
+    samples: list[np.ndarray] = []
+    missing, notes = 0, []
+    for shard, part, start, stop in inputs:
+        rows = _kept_rows(part, export_job.filter_column)[1][start:stop]
+        table = read_partition(shard, job)
+        ids = ids_as_text(table.column(job.id_col))
+        numeric = key_normaliser(table.schema.field(job.id_col).type)
+        keys = [normalise_key(key, numeric) for key in shard.keys(id_col=job.id_col)]
+        sample_of_row = pair(ids, keys).sample_of_row[rows]
+        without = int((sample_of_row < 0).sum())
+        rows, ordinals = rows[sample_of_row >= 0], sample_of_row[sample_of_row >= 0]
+        missing += without
+        # Rows in the order of the tar: the n-th row is the n-th sample.
+        order = np.argsort(ordinals, kind="stable")
+        tables.append(table.take(pa.array(rows[order])))
+        samples.append(ordinals[order])
+        if without:
+            notes.append(f"{shard.name}: {without} kept rows have no image")
+    table = pa.concat_tables(tables, promote_options="permissive")
+    new_ids = [f"{name}{position:0{export_job.sample_digits}d}" for position in range(len(table))]
+    made_from = _digest(export_job, table.column(job.id_col), inputs)
+    there = target.schema()
+    if there is not None:
+        if Footer.of(there).output.get("export") == made_from and tar.token() is not None:
+            return len(table), missing, 1, notes
+        if not export_job.overwrite:
+            raise UsageError(
+                f"{target.path} is already there, from another export; choose another folder or overwrite=True"
+            )
+    with _temporary_tar(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        position = 0
+        for (shard, *_), ordinals in zip(inputs, samples, strict=True):
+            for sample in shard.stored_samples(frozenset(ordinals.tolist())):
+                for extension, data in sample.members:
+                    member = tarfile.TarInfo(f"{new_ids[position]}.{extension}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+                position += 1
+    _write_rows(table, new_ids, tar, target, made_from, export_job)
+    return len(table), missing, 0, notes
+
+
+def _digest(export_job: _Job, ids: Any, inputs: list[tuple[Shard, Any, int, int]]) -> str:
+    """Identifies what an exported shard holds: which rows, from which files, under which options."""
+    sources = [(shard.name, sorted(shard.fingerprint().items())) for shard, *_ in inputs]
+    options = (export_job.filter_column, export_job.old_id_col, export_job.sample_digits)
+    return hashlib.sha256(repr((ids_digest(ids_as_text(ids)), sources, options)).encode()).hexdigest()[:32]
+
+
+def _write_rows(
+    table: pa.Table, new_ids: list[str], tar: Location, target: Location, made_from: str, export_job: _Job
+) -> None:
+    """The new shard's parquet. Columns stay what they were made to be: their images are the same bytes."""
+    job = export_job.job
+    footer = Footer.of(table.schema)
+    stored = {**fingerprint(tar.fs.unstrip_protocol(tar.path) if not tar.is_local else tar.path, job.storage_options)}
+    samples = {**stored, "ids": ids_digest(new_ids)}
+    columns = {name: {**made, "samples": samples} for name, made in footer.columns.items()}
+    old = table.column(job.id_col)
+    table = table.set_column(table.column_names.index(job.id_col), job.id_col, pa.array(new_ids, pa.string()))
+    if export_job.old_id_col is not None:
+        if export_job.old_id_col in table.column_names:
+            table = table.drop_columns([export_job.old_id_col])
+        table = table.append_column(export_job.old_id_col, old)
+    plan = TablePlan(
+        source=None,
+        in_memory=table,
+        keep=np.arange(len(table)),
+        appended=None,
+        appended_rows=np.empty(0, dtype=np.int64),
+        columns={},
+        footer=Footer(columns, {}, {"export": made_from}, job.id_col),
+    )
+    write_table(plan, target, None, check=False)
+
+
+@contextmanager
+def _temporary_tar(target: Location) -> Iterator[Any]:
+    """A local tar takes its name when it is whole; for an object store it is collected on disk and put."""
+    if target.is_local:
+        os.makedirs(target.parent, exist_ok=True)
+        with replacing(target, None, check=False) as file:
+            yield file
+        return
+    with tempfile.NamedTemporaryFile(suffix=".tar") as file:
+        yield file
+        file.flush()
+        target.fs.put_file(file.name, target.path)

@@ -1,0 +1,180 @@
+"""Metadata as a Dask DataFrame, and columns that users assign to it.
+
+Shards are read with pyarrow and handed on as pandas with Arrow dtypes, or as cuDF where Dask's
+data frame backend is "cudf": nulls, integers and lists stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import dask
+import dask.dataframe as dd
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from curator_embed.errors import UsageError
+from curator_embed.execution.clients import some_client
+from curator_embed.execution.output import Location, NewColumn, TablePlan, write_table
+from curator_embed.execution.pairing import ids_as_text, pair
+from curator_embed.execution.provenance import ERROR_COLUMN, Footer
+from curator_embed.execution.run import cores_per_worker, make_plan
+from curator_embed.execution.shard_run import ShardJob
+from curator_embed.execution.worker import read_partition
+from curator_embed.sources.shard import Shard
+
+if TYPE_CHECKING:
+    from curator_embed.datasets.image_text_pair import ImageTextPairDataset
+
+SCHEMA_SAMPLES = 64
+"""Samples that are read to learn the columns of shards that have no parquet."""
+
+
+class PartitionReader:
+    """Reads one shard as a data frame; computes pending columns only when they are asked for."""
+
+    def __init__(self, job: ShardJob, schema: pa.Schema) -> None:
+        self.job, self.schema = job, schema
+
+    def __call__(self, shard: Shard, columns: Sequence[str] | None = None) -> Any:
+        """The shard's rows, all columns or those named."""
+        schema = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+        pending = {name for step in self.job.steps for name in step.columns()} | {ERROR_COLUMN}
+        table_path = shard.table_path()
+        location = None if table_path is None else Location.of(table_path, self.job.storage_options)
+        stored = None if location is None else location.schema()
+        if location is None or stored is None or (self.job.steps and pending & set(schema.names) - set(stored.names)):
+            table = read_partition(shard, self.job)
+        else:
+            with location.open_parquet() as parquet:
+                table = parquet.read(columns=[name for name in schema.names if name in stored.names])
+        return _to_frame(_aligned(table, schema))
+
+    def meta(self) -> Any:
+        """An empty frame with the right columns and types."""
+        return _to_frame(self.schema.empty_table())
+
+
+def metadata_frame(dataset: ImageTextPairDataset) -> dd.DataFrame:
+    """See ``ImageTextPairDataset.metadata``."""
+    job = dataset.job(None)
+    if job.steps:
+        from curator_embed.datasets.saving import place_on_workers
+
+        with some_client() as client:
+            job = place_on_workers(client, job)
+            job = make_plan(dataset.shards, job, cores=cores_per_worker(client)).job
+    if not dataset.shards:
+        raise UsageError("the dataset has no shards")
+    reader = PartitionReader(job, _schema(dataset, job))
+    return dd.from_map(reader, list(dataset.shards), meta=reader.meta(), enforce_metadata=False, label="metadata")
+
+
+def _schema(dataset: ImageTextPairDataset, job: ShardJob) -> pa.Schema:
+    """The columns of the first shard, and those that are pending."""
+    base = None
+    for shard in dataset.shards:
+        path = shard.table_path()
+        base = None if path is None else Location.of(path, dataset.storage_options).schema()
+        if base is not None:
+            break
+    if base is None:
+        first = dataset.shards[0]
+        samples = list(islice(first.samples(id_col=dataset.id_col, extras=True), SCHEMA_SAMPLES))
+        table = first.table_from_extras(samples)
+        base = table.schema if table is not None else pa.schema([pa.field(dataset.id_col, pa.string())])
+    new = {name: kind for step in job.steps for name, kind in step.columns().items()}
+    if new:
+        new[ERROR_COLUMN] = pa.string()
+    kept = [item for item in base if item.name not in new]
+    return pa.schema([*kept, *(pa.field(name, kind) for name, kind in new.items())])
+
+
+def _aligned(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Bring a shard's table to the frame's columns: absent ones are null, types are the first shard's."""
+    columns = [
+        table.column(item.name).cast(item.type) if item.name in table.column_names else pa.nulls(len(table), item.type)
+        for item in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _to_frame(table: pa.Table) -> Any:
+    if dask.config.get("dataframe.backend", "pandas") == "cudf":
+        import cudf
+
+        return cudf.DataFrame.from_arrow(table.replace_schema_metadata(None))
+    return table.replace_schema_metadata(None).to_pandas(types_mapper=pd.ArrowDtype)
+
+
+# -- columns that users assign -------------------------------------------------------------
+
+
+def assigned_columns(dataset: ImageTextPairDataset) -> dd.DataFrame | None:
+    """The id and the columns that were assigned to ``metadata``, or None when there are none."""
+    added = dataset.added_columns()
+    if not added:
+        return None
+    frame = dataset.metadata
+    if frame.npartitions != len(dataset.shards):
+        raise UsageError("the metadata was repartitioned; change columns, not partitions")
+    if dataset.id_col not in frame.columns:
+        raise UsageError(f"the metadata has lost its id column '{dataset.id_col}'")
+    return frame[[dataset.id_col, *[name for name in added if name != dataset.id_col]]]
+
+
+def write_assigned(frame: dd.DataFrame, dataset: ImageTextPairDataset, job: ShardJob) -> None:
+    """Add assigned columns to the files that a run has just written, a shard at a time."""
+    with some_client() as client:
+        delayed = frame.to_delayed()
+        for start in range(0, len(delayed), 64):
+            parts = [
+                dask.delayed(_write_one)(part, shard, job)
+                for part, shard in zip(delayed[start : start + 64], dataset.shards[start : start + 64], strict=True)
+            ]
+            client.gather(client.compute(parts))
+
+
+def _write_one(part: Any, shard: Shard, job: ShardJob) -> int:
+    """Add the columns of one partition to its shard's file, by id."""
+    table = part.to_arrow() if hasattr(part, "to_arrow") else pa.Table.from_pandas(part, preserve_index=False)
+    table = table.replace_schema_metadata(None)
+    target = Location.of(job.target(shard), job.storage_options)
+    token = target.token()
+    with target.open_parquet() as parquet:
+        schema, ids = parquet.schema_arrow, parquet.read(columns=[job.id_col]).column(job.id_col)
+    names = [name for name in table.column_names if name != job.id_col]
+    footer = Footer.of(schema)
+    foreign = [name for name in names if name in schema.names and _recipe(footer, name) != ASSIGNED]
+    if foreign and not job.overwrite:
+        raise UsageError(f"{target.path}: column '{foreign[0]}' is already there; pass overwrite=True to replace it")
+    own_ids = [str(text) for text in ids_as_text(table.column(job.id_col))]
+    rows = pair(ids_as_text(ids), own_ids).sample_of_row
+    positions = pa.array(rows, mask=rows < 0)
+    columns = {
+        name: NewColumn(table.schema.field(name).type, _taking(table.column(name).combine_chunks(), positions))
+        for name in names
+    }
+    made = {name: {"recipe": ASSIGNED, "samples": {}} for name in names}
+    footer = Footer({**footer.columns, **made}, footer.counts, footer.output, footer.id_col)
+    empty = np.empty(0, dtype=np.int64)
+    return write_table(TablePlan(target, None, np.arange(len(ids)), None, empty, columns, footer), target, token)
+
+
+ASSIGNED = {"step": "assigned"}
+"""The recipe of columns that came from a user's data frame."""
+
+
+def _recipe(footer: Footer, name: str) -> Any:
+    return footer.columns.get(name, {}).get("recipe")
+
+
+def _taking(column: pa.Array | pa.ChunkedArray, positions: pa.Array) -> Any:
+    def values(rows: np.ndarray) -> pa.Array:
+        taken = column.take(positions.take(pa.array(rows)))
+        return taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken
+
+    return values

@@ -1,0 +1,121 @@
+"""From a dataset to a run and back: what ``save_metadata`` and ``plan`` do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from distributed import Client
+
+from curator_embed.datasets.frames import assigned_columns, write_assigned
+from curator_embed.errors import UsageError
+from curator_embed.execution.clients import some_client
+from curator_embed.execution.run import RunPlan, cores_per_worker, execute, make_plan
+from curator_embed.execution.shard_run import ShardJob
+from curator_embed.steps import BatchStep, Step
+
+if TYPE_CHECKING:
+    from curator_embed.datasets.image_text_pair import ImageTextPairDataset
+    from curator_embed.execution.report import RunReport
+
+CERTIFIED_IMAGES = 256
+"""Images compared with the model's own preprocessing when a run is to be certified."""
+
+
+def save(
+    dataset: ImageTextPairDataset,
+    path: str | None,
+    columns: Sequence[str] | None,
+    *,
+    on_error: Literal["keep", "drop", "raise"],
+    overwrite: bool,
+    certify: bool,
+    limit: int | None,
+    progress: bool,
+) -> RunReport:
+    """See ``ImageTextPairDataset.save_metadata``."""
+    _check_arguments(dataset, path, columns, on_error, limit)
+    job = dataset.job(path, columns, on_error, overwrite)
+    assigned = assigned_columns(dataset)
+    certificate = _certificates(dataset, job) if certify else {}
+    report, _ = execute(dataset.shards, job, limit=limit, progress=progress, place=place_on_workers)
+    report.certificate = certificate
+    if assigned is not None:
+        write_assigned(assigned, dataset, job)
+    saved = dataset.like([shard.with_table(job.target(shard)) for shard in dataset.shards], ())
+    report.dataset = saved
+    dataset.read_from(saved)
+    return report
+
+
+def plan(dataset: ImageTextPairDataset, path: str | None, *, limit: int | None, overwrite: bool) -> RunPlan:
+    """See ``ImageTextPairDataset.plan``."""
+    _check_arguments(dataset, path, None, "keep", limit)
+    with some_client() as client:
+        job = place_on_workers(client, dataset.job(path, None, "keep", overwrite))
+        return make_plan(dataset.shards, job, cores=cores_per_worker(client), limit=limit)
+
+
+def _check_arguments(
+    dataset: ImageTextPairDataset,
+    path: str | None,
+    columns: Sequence[str] | None,
+    on_error: str,
+    limit: int | None,
+) -> None:
+    if on_error not in ("keep", "drop", "raise"):
+        raise UsageError(f"on_error={on_error!r}: choose 'keep', 'drop' or 'raise'")
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit={limit}: at least 1")
+    if path is None:
+        for given, why in (
+            (on_error == "drop", "on_error='drop' removes rows"),
+            (columns is not None, "columns= leaves columns out"),
+            (limit is not None, "limit= leaves rows out"),
+        ):
+            if given:
+                raise UsageError(f"{why}, and a dataset's own files never lose anything; give an output path as well")
+    if not dataset.shards:
+        raise UsageError("the dataset has no shards")
+
+
+def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
+    """Choose device and decode engine from what the workers have, unless the embedders say otherwise."""
+    asked = {step.device for step in job.steps if isinstance(step, BatchStep) and getattr(step, "device", None)}
+    if len(asked) > 1:
+        raise UsageError(f"the embedders of one run ask for different devices: {sorted(asked)}")
+    if asked:
+        device = asked.pop()
+    else:
+        device = "cuda" if all(client.run(_sees_gpu).values()) else "cpu"
+    steps: tuple[Step, ...] = tuple(
+        step.on_device(device) if isinstance(step, BatchStep) else step for step in job.steps
+    )
+    return dataclasses.replace(job, steps=steps, device=device, engine=_engine_for(device))
+
+
+def _engine_for(device: str) -> Literal["cpu", "dali"]:
+    """DALI decodes where the model has a GPU and DALI is installed."""
+    if device.startswith("cuda"):
+        from importlib.util import find_spec
+
+        if find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None:
+            return "dali"
+    return "cpu"
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _certificates(dataset: ImageTextPairDataset, job: ShardJob) -> dict[str, Any]:
+    """Compare the preprocessing of each embedder with its model's own on the dataset's first images."""
+    found: dict[str, Any] = {}
+    for step in job.steps:
+        certify = getattr(step, "certify", None)
+        if certify is not None:
+            found[next(iter(step.columns()))] = certify(dataset.first_images(CERTIFIED_IMAGES)).to_dict()
+    return found

@@ -1,0 +1,115 @@
+"""What a run would do: counted from footers, timed on a few of the dataset's own images."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from curator_embed.execution.worker import build_pipeline
+
+if TYPE_CHECKING:
+    from curator_embed.datasets import ImageTextPairDataset
+
+TIMED_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What ``--dry-run`` prints.
+
+    Attributes:
+        shards: in the dataset; ``done`` of them are finished and will be skipped.
+        rows: rows left to work on; None when the tables and indexes do not say.
+        bytes_to_write, bytes_free: None where not known.
+        seconds: expected for the rows that are left, measured on a few images; None when rows are not known.
+        conflicts: files that stand in the way, with why.
+    """
+
+    shards: int
+    done: int
+    rows: int | None
+    bytes_to_write: int | None
+    bytes_free: int | None
+    images_per_second: float | None
+    seconds: float | None
+    conflicts: list[str]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        rows = "unknown (no parquet and no index; run index-tars to count)" if self.rows is None else f"{self.rows:,}"
+        lines = [f"shards         {self.shards:,}, of which {self.done:,} are done", f"rows left      {rows}"]
+        if self.bytes_to_write is not None:
+            free = "" if self.bytes_free is None else f", {self.bytes_free / 1e9:,.2f} GB free"
+            lines.append(f"to write       {self.bytes_to_write / 1e9:,.3f} GB{free}")
+        if self.images_per_second is not None:
+            lines.append(
+                f"speed          about {self.images_per_second:,.1f} images/s a worker, measured on a few images"
+            )
+        if self.seconds is not None:
+            lines.append(f"time           about {_duration(self.seconds)}")
+        for name, settings in self.settings.items():
+            lines.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
+        lines += [f"in the way     {conflict}" for conflict in self.conflicts[:10]]
+        return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 172800 else f"{seconds / 86400:,.1f} days"
+
+
+def describe(dataset: ImageTextPairDataset, output: str | None, *, limit: int | None, overwrite: bool) -> DryRun:
+    """Plan the run and time a few images; writes nothing."""
+    plan = dataset.plan(output, limit=limit, overwrite=overwrite)
+    todo = plan.todo
+    speed = None
+    if todo:
+        images = dataset.like([plan.shards[todo[0]]], ()).first_images(TIMED_IMAGES)
+        # An eager model is a safe lower bound: compiling takes longer than this measurement.
+        job = dataclasses.replace(plan.job, steps=tuple(_eager(step) for step in plan.job.steps))
+        speed = _images_per_second(job, images) if images else None
+    rows = plan.rows if plan.rows_known else None
+    return DryRun(
+        shards=len(plan.shards),
+        done=len(plan.shards) - len(todo),
+        rows=rows,
+        bytes_to_write=plan.bytes_to_write,
+        bytes_free=plan.bytes_free,
+        images_per_second=speed,
+        seconds=rows / speed if rows is not None and speed else None,
+        conflicts=[f"{path}: {why}" for path, why in plan.conflicts()],
+        settings=plan.settings,
+    )
+
+
+def _eager(step: Any) -> Any:
+    settled = getattr(step, "settled", None)
+    return step if settled is None else settled(threads=step.recipe().get("threads") or 1, compile=False)
+
+
+def _images_per_second(job: Any, images: list[bytes]) -> float:
+    """Run images through a pipeline of their own, twice: the first time warms up."""
+    pipeline = build_pipeline(job)
+    wanted = range(len(job.steps))
+    try:
+        rates = []
+        for part in (images[:16], images):
+            start = time.perf_counter()
+            with pipeline.shard(wanted) as opened:
+                with pipeline.feeding():
+                    for number, image in enumerate(part):
+                        opened.submit(number, image)
+                opened.wait()
+            rates.append(len(part) / (time.perf_counter() - start))
+        return rates[-1]
+    finally:
+        pipeline.close()

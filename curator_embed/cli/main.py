@@ -1,0 +1,360 @@
+"""The commands and their options; what they do lies in the library.
+
+Exit status: 0 all rows accounted for, 1 some rows failed under ``--on-error raise``,
+2 bad usage, 3 the run could not go on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from curator_embed import __version__
+from curator_embed.errors import CuratorEmbedError, UsageError
+
+app = typer.Typer(
+    name="curator-embed",
+    help="Embed image datasets of any size, every row accounted for. "
+    "Start with 'curator-embed demo', or 'curator-embed embed --help'.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class OnError(StrEnum):
+    """What happens to rows whose image fails."""
+
+    keep = "keep"
+    drop = "drop"
+    raise_ = "raise"
+
+
+class Dtype(StrEnum):
+    """Type of the stored embeddings."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+class Compile(StrEnum):
+    """Whether the model is compiled."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SRC",
+        help="A folder of shards (00000.tar, with 00000.parquet beside it or not), one tar, a glob, or a range "
+        "like 'data/{00000..00012}.tar'; a local path or any fsspec URL (s3://, gs://, https://).",
+    ),
+]
+IdCol = Annotated[
+    str,
+    typer.Option(help="Column by which rows and images meet; 'key' is the tar's own key, others come from the json."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+ModelName = Annotated[
+    str,
+    typer.Option("--model", help="A timm name (see 'curator-embed models') or an OpenAI CLIP name such as ViT-B/32."),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Weights to load, safetensors or a state dict, instead of downloading any.")
+]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the model's published weights.")]
+ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels, where the model's own is not wanted.")]
+StorageOptions = Annotated[
+    str | None, typer.Option(help="Options for fsspec as JSON, for instance '{\"anon\": true}' for public S3 buckets.")
+]
+
+
+@app.command()
+def embed(
+    src: Source,
+    model: ModelName,
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder for the new parquet files. Without it the columns go into the dataset's own."),
+    ] = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    column: Annotated[str, typer.Option(help="Name of the new column.")] = "image_embedding",
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images a batch on a GPU; a CPU works in batches of 16 at most.")
+    ] = 256,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; by default one worker within this process.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads a worker uses to decode.")] = 4,
+    id_col: IdCol = "key",
+    on_error: Annotated[
+        OnError, typer.Option(help="Rows whose image fails: keep them with a reason, drop them, or end the run.")
+    ] = OnError.keep,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the stored embeddings.")] = Dtype.float32,
+    image_size: ImageSize = None,
+    compile: Annotated[
+        Compile, typer.Option(help="Compile the model: pays on runs of many thousand images.")
+    ] = Compile.auto,
+    device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; by default a GPU where there is one.")] = None,
+    use_index_files: Annotated[
+        bool, typer.Option("--use-index-files", help="Let .idx files beside the tars say which samples count.")
+    ] = False,
+    metadata: Annotated[
+        str | None, typer.Option(help="Folder of the parquet files, when they do not lie beside the tars.")
+    ] = None,
+    certify: Annotated[
+        bool, typer.Option("--certify", help="Compare the preprocessing with the model's own on your images.")
+    ] = False,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a running Dask scheduler, for instance tcp://10.0.0.1:8786.")
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Start one worker a GPU (needs dask-cuda).")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Work on the first so many rows only.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, how much it would write and how long it takes.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace columns and files that were made another way.")
+    ] = False,
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Embed every image of a webdataset.
+
+    Adds a column of embeddings to the dataset's parquet files, or writes new ones with --output. Rows whose
+    image is missing or broken are kept, with the reason in the column image_error. A run that was interrupted
+    goes on where it stopped when the same command is given again.
+    """
+    from curator_embed.datasets import ImageTextPairDataset
+    from curator_embed.embedders import TimmImageEmbedder
+    from curator_embed.execution.clients import get_client
+
+    if pretrained and weights is not None:
+        raise UsageError("--pretrained downloads weights and --weights names a file; give one of them")
+    if not pretrained and weights is None:
+        typer.echo("note: neither --pretrained nor --weights: the model has random weights", err=True)
+    embedder = TimmImageEmbedder(
+        model,
+        pretrained=pretrained,
+        weights=weights,
+        batch_size=batch_size,
+        num_threads_per_worker=threads,
+        image_embedding_column=column,
+        dtype=dtype.value,
+        image_size=image_size,
+        compile={"auto": "auto", "on": True, "off": False}[compile.value],
+        device=device,
+    )
+    dataset = ImageTextPairDataset.from_webdataset(
+        src,
+        id_col=id_col,
+        metadata_path=metadata,
+        use_index_files=use_index_files,
+        storage_options=_options(storage_options),
+    )
+    with _client(get_client, scheduler=scheduler, workers=workers, gpu=gpu):
+        pending = embedder(dataset)
+        if dry_run:
+            from curator_embed.cli.dry_run import describe
+
+            described = describe(pending, output, limit=limit, overwrite=overwrite)
+            typer.echo(json.dumps(described.to_dict(), indent=2) if as_json else str(described))
+            return
+        report = pending.save_metadata(
+            output,
+            on_error=on_error.value,
+            overwrite=overwrite,
+            certify=certify,
+            limit=limit,
+            progress=not quiet and not as_json,
+        )
+    typer.echo(report.to_json() if as_json else str(report))
+
+
+@app.command()
+def info(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset or an output: tars, parquet files, or both.")],
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a dataset holds: shards, rows, columns, how each column was made, and what failed."""
+    from curator_embed.datasets.describing import describe_dataset
+
+    described = describe_dataset(path, storage_options=_options(storage_options))
+    typer.echo(json.dumps(described.to_dict(), indent=2, ensure_ascii=False) if as_json else str(described))
+
+
+@app.command()
+def models(
+    pattern: Annotated[
+        str, typer.Argument(metavar="[PATTERN]", help="A name or glob, for instance 'vit_*clip*'.")
+    ] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """List models: name, input size, dimension, patch size, and whether the preprocessing is understood."""
+    from curator_embed.embedders import list_models
+
+    rows = list_models(pattern)
+    if not rows:
+        raise UsageError(f"no model matches '{pattern}'; try a glob such as '*{pattern.strip('*')}*'")
+    if as_json:
+        typer.echo(json.dumps([row.to_dict() for row in rows], indent=2))
+        return
+    width = max(len(row.name) for row in rows)
+    typer.echo(f"{'name':<{width}}  {'input':>9}  {'dim':>5}  {'patch':>5}  preprocessing")
+    for row in rows:
+        dim, patch = row.dim or "-", row.patch_size or "-"
+        how = "understood" if row.understood else "runs as it is"
+        typer.echo(f"{row.name:<{width}}  {row.input_size:>9}  {dim:>5}  {patch:>5}  {how}")
+
+
+@app.command()
+def certify(
+    src: Source,
+    model: ModelName,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    image_size: ImageSize = None,
+    images: Annotated[int, typer.Option(min=1, help="How many of the dataset's images to compare.")] = 256,
+    id_col: IdCol = "key",
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare our preprocessing with the model's own on your images, in grey levels and in embeddings.
+
+    Exit status 0 when they agree as promised (at most 2 grey levels and cosine >= 0.9999), else 3.
+    """
+    from curator_embed.datasets import ImageTextPairDataset
+    from curator_embed.embedders import TimmImageEmbedder
+
+    embedder = TimmImageEmbedder(model, pretrained=pretrained, weights=weights, image_size=image_size)
+    dataset = ImageTextPairDataset.from_webdataset(src, id_col=id_col, storage_options=_options(storage_options))
+    report = embedder.certify(dataset.first_images(images))
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    if not report.agrees:
+        raise typer.Exit(3)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has, what is missing, and how to install it."""
+    from curator_embed.cli.doctor import examine
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))
+    else:
+        for finding in findings:
+            typer.echo(str(finding))
+
+
+@app.command("index-tars")
+def index_tars(
+    src: Source,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write indexes anew that are there and fresh.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write DALI's .idx file beside every tar: which sample lies where. Reading is faster with them."""
+    from curator_embed.sources.webdataset import index_tars as write_indexes
+
+    done = write_indexes(src, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(done, indent=2))
+    else:
+        for path in done:
+            typer.echo(path)
+        typer.echo(f"{len(done)} indexes written")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the demo's data and results.")] = Path("demo-output"),
+    as_json: AsJson = False,
+) -> None:
+    """Embed a small webdataset of real photographs and show each beside its nearest neighbours."""
+    from curator_embed.cli.demo import run_demo
+
+    run_demo(output)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Options of the command itself."""
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def _options(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--storage-options is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError("--storage-options must be a JSON object")
+    return value
+
+
+class _client:
+    """The Dask client that the options ask for, closed at the end; none where the default serves."""
+
+    def __init__(self, get_client: Any, *, scheduler: str | None, workers: int | None, gpu: bool) -> None:
+        self.client: Any = None
+        if scheduler is not None:
+            if workers is not None or gpu:
+                raise UsageError("--scheduler connects to a running cluster; --workers and --gpu start a new one")
+            self.client = get_client(scheduler_address=scheduler)
+        elif gpu:
+            self.client = get_client("gpu", n_workers=workers)
+        elif workers is not None and workers > 1:
+            self.client = get_client("cpu", n_workers=workers)
+
+    def __enter__(self) -> Any:
+        return self.client
+
+    def __exit__(self, *exc: object) -> None:
+        if self.client is not None:
+            cluster = self.client.cluster
+            self.client.close()
+            if cluster is not None:
+                cluster.close()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and turn errors into messages and exit statuses."""
+    try:
+        app(arguments, standalone_mode=True)
+    except UsageError as error:
+        _complain(error, 2)
+    except CuratorEmbedError as error:
+        from curator_embed.execution.run import RowsFailed, RunStopped
+
+        if isinstance(error, RunStopped):
+            typer.echo(str(error.report), err=True)
+        _complain(error, 1 if isinstance(error, RowsFailed) else 3)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; finished shards are kept, run the same command again to go on", err=True)
+        sys.exit(3)
+
+
+def _complain(error: Exception, status: int) -> None:
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(status)

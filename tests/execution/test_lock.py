@@ -1,0 +1,67 @@
+"""One run at a time, and a dead run blocks nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from curator_embed.execution.lock import LIFETIME_S, OutputLock, OutputLocked
+from curator_embed.execution.output import Location
+
+HOLD = """
+import sys, time
+from curator_embed.execution.lock import OutputLock
+from curator_embed.execution.output import Location
+with OutputLock(Location.of(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_second_run_is_told_who_holds_the_output(tmp_path: Path) -> None:
+    with OutputLock(Location.of(str(tmp_path))):
+        with pytest.raises(OutputLocked, match=rf"process {os.getpid()} on {socket.gethostname()}"):
+            OutputLock(Location.of(str(tmp_path))).__enter__()
+    with OutputLock(Location.of(str(tmp_path))):
+        pass
+    assert not (tmp_path / "_curator_embed" / "lock.json").exists()
+
+
+def test_a_killed_run_does_not_block_the_next(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(OutputLocked, match=f"process {holder.pid}"):
+        OutputLock(Location.of(str(tmp_path))).__enter__()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with OutputLock(Location.of(str(tmp_path))) as lock:
+        assert json.loads((tmp_path / "_curator_embed" / "lock.json").read_text())["token"] == lock.token
+
+
+@pytest.mark.parametrize(("age", "blocked"), [(0.0, True), (LIFETIME_S + 1, False)])
+def test_a_lock_of_another_machine_expires(tmp_path: Path, age: float, blocked: bool) -> None:
+    folder = tmp_path / "_curator_embed"
+    folder.mkdir()
+    content = {"token": "x", "host": "elsewhere", "pid": 1, "expires": time.time() + LIFETIME_S - age}
+    (folder / "lock.json").write_text(json.dumps(content))
+    lock = OutputLock(Location.of(str(tmp_path)))
+    if blocked:
+        with pytest.raises(OutputLocked, match="elsewhere"):
+            lock.__enter__()
+    else:
+        with lock:
+            pass
+
+
+def test_object_stores_are_locked_too() -> None:
+    folder = Location.of("memory://locked")
+    with OutputLock(folder), pytest.raises(OutputLocked):
+        OutputLock(folder).__enter__()

@@ -1,0 +1,140 @@
+"""Writing: whole or not at all, and nothing of somebody else's is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curator_embed.errors import SourceError
+from curator_embed.execution import output
+from curator_embed.execution.output import (
+    Location,
+    NewColumn,
+    TablePlan,
+    TargetChanged,
+    clear_temporaries,
+    replacing,
+    vectors_to_list_array,
+    write_table,
+)
+from curator_embed.execution.provenance import Footer
+
+NOBODY = np.empty(0, dtype=np.int64)
+
+
+def plan_for(source: Location, rows: np.ndarray, columns: dict[str, NewColumn]) -> TablePlan:
+    return TablePlan(source, None, rows, None, NOBODY, columns, Footer())
+
+
+def test_existing_columns_keep_values_types_order_and_metadata(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "key": pa.array(["a", "b", None]),
+            "small": pa.array([1, None, 3], pa.int8()),
+            "when": pa.array([1, 2, None], pa.timestamp("ns", "UTC")),
+            "nested": pa.array([{"x": [1, 2]}, None, {"x": []}], pa.struct([("x", pa.list_(pa.int16()))])),
+            "kind": pa.array(["u", "v", "u"]).dictionary_encode(),
+        }
+    ).replace_schema_metadata({b"mine": b"kept"})
+    path = tmp_path / "0.parquet"
+    pq.write_table(table, path, row_group_size=2)
+    location = Location.of(str(path))
+    numbers = pa.array([10, 11, 12])
+    column = NewColumn(pa.int64(), lambda rows: numbers.take(pa.array(rows)))
+    write_table(plan_for(location, np.arange(3), {"new": column}), location, location.token())
+    written = pq.read_table(path)
+    assert written.drop_columns(["new"]).cast(table.schema).equals(table)
+    assert written.schema.names == [*table.schema.names, "new"]
+    assert [written.schema.field(n).type for n in table.schema.names] == [f.type for f in table.schema]
+    assert written.schema.metadata[b"mine"] == b"kept"
+    assert written["new"].to_pylist() == [10, 11, 12]
+    assert pq.ParquetFile(path).num_row_groups == 2, "row groups are followed, not rebuilt"
+
+
+def test_an_error_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "0.parquet"
+    path.write_bytes(b"old")
+    location = Location.of(str(path))
+    with pytest.raises(RuntimeError), replacing(location, location.token()) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["0.parquet"]
+
+
+def test_a_file_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "0.parquet"
+    path.write_bytes(b"old")
+    location = Location.of(str(path))
+    with pytest.raises(TargetChanged, match="changed by someone else"), replacing(location, location.token()) as file:
+        file.write(b"new")
+        path.write_bytes(b"somebody else's work")
+    assert path.read_bytes() == b"somebody else's work"
+
+
+def test_no_parquet_glob_matches_the_temporary_name(tmp_path: Path) -> None:
+    location = Location.of(str(tmp_path / "0.parquet"))
+    with replacing(location, None) as file:
+        file.write(b"x")
+        assert list(tmp_path.glob("*.parquet")) == []
+        assert len(list(tmp_path.iterdir())) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["0.parquet"]
+
+
+def test_what_killed_runs_leave_behind_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "0.parquet.tmp-999999-abcd").write_bytes(b"half")
+    (tmp_path / "0.parquet").write_bytes(b"whole")
+    (tmp_path / "notes.tmp-1").write_bytes(b"not ours")
+    assert clear_temporaries(Location.of(str(tmp_path))) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.parquet", "notes.tmp-1"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output.os, "fsync", full)
+    location = Location.of(str(tmp_path / "0.parquet"))
+    with pytest.raises(SourceError, match=r"0\.parquet: the disk is full.*run the same command again"):
+        with replacing(location, None) as file:
+            file.write(b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "0.parquet"
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(SourceError, match=r"0\.parquet: not a readable parquet file"):
+        Location.of(str(path)).schema()
+
+
+def test_object_stores_get_one_put(tmp_path: Path) -> None:
+    import fsspec
+
+    memory: Any = fsspec.filesystem("memory")
+    memory.pipe_file("/bucket/0.parquet", b"old")
+    location = Location.of("memory://bucket/0.parquet")
+    with pytest.raises(RuntimeError), replacing(location, location.token()) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert memory.cat_file("/bucket/0.parquet") == b"old"
+    with replacing(location, location.token()) as file:
+        file.write(b"new")
+    assert memory.cat_file("/bucket/0.parquet") == b"new"
+    memory.rm("/bucket", recursive=True)
+
+
+def test_vectors_become_plain_lists_with_nulls() -> None:
+    vectors = np.arange(6, dtype=np.float32).reshape(3, 2)
+    column = vectors_to_list_array(vectors, np.array([True, False, True]), pa.float32())
+    assert column.type == pa.list_(pa.float32())
+    assert column.to_pylist() == [[0.0, 1.0], None, [4.0, 5.0]]
+    none = vectors_to_list_array(np.zeros((2, 0), np.float32), np.array([False, False]), pa.float32())
+    assert none.to_pylist() == [None, None]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from curator_embed.decoding.geometry import Axis, Plan, plan
 from curator_embed.decoding.pillow import DEFAULT_LIMITS, Limits
-from curator_embed.decoding.spec import OpaqueTransform, PreprocessSpec, Spec
+from curator_embed.decoding.spec import OpaqueTransform, Spec
 from curator_embed.errors import ImageError, Reason
 
 _KERNELS = {
@@ -24,6 +24,9 @@ _KERNELS = {
     "bicubic": torch.ops.aten._upsample_bicubic2d_aa,
 }
 _SUPPORT = {"box": 0.5, "bilinear": 1.0, "hamming": 1.0, "bicubic": 2.0, "lanczos": 3.0}
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+"""uint8 (H, W, 4), the fourth byte meaningless, or (H, W, 3)."""
+
 _WASTE = 4
 """How many times the pixels of the crop torch may compute before Pillow, slower but able to start anywhere, wins."""
 
@@ -31,8 +34,8 @@ _WASTE = 4
 def prepare(rgb: Image.Image, spec: Spec, limits: Limits = DEFAULT_LIMITS) -> torch.Tensor:
     """Resize and crop or pad one image.
 
-    Runs on the calling thread alone, whatever ``torch.set_num_threads`` says (the kernel for uint8 images is not
-    parallel), and releases the GIL while it computes.
+    Runs on the calling thread alone, whatever ``torch.set_num_threads`` says: torch's kernel for 8-bit images is not
+    parallel, and copies, which in torch would be, are numpy's. The GIL is released while it computes.
 
     Args:
         rgb: mode RGB, any size.
@@ -51,20 +54,20 @@ def prepare(rgb: Image.Image, spec: Spec, limits: Limits = DEFAULT_LIMITS) -> to
     todo = plan(spec, rgb.height, rgb.width)
     vertical, horizontal = todo.vertical, todo.horizontal
     if vertical.unchanged and horizontal.unchanged:
-        pixels, _owner = _pixels(rgb)
-        kept = pixels[0, :, vertical.start : vertical.stop, horizontal.start : horizontal.stop]
-        kept = kept.clone(memory_format=torch.preserve_format)
+        kept = _pixels(rgb)[vertical.start : vertical.stop, horizontal.start : horizontal.stop].copy()
     elif spec.interpolation == "nearest":
         _guard(max(vertical.stop, horizontal.stop), limits)
-        kept = _nearest(rgb, todo)
+        kept = _nearest(_pixels(rgb), todo)
     elif spec.interpolation in _KERNELS and _reach(vertical) * _reach(horizontal) <= (
         _WASTE * vertical.length * horizontal.length
     ):
-        _guard(_intermediate(todo, vertical.source, horizontal.source), limits)
-        kept = _resample(rgb, todo, _KERNELS[spec.interpolation])
+        _guard(_intermediate(todo), limits)
+        kept = _resample(_pixels(rgb), todo, _KERNELS[spec.interpolation])
     else:
         kept = _resample_anywhere(rgb, todo, spec.interpolation, limits)
-    return kept[:3] if kept.shape[1:] == todo.output else _pad(kept, todo, spec.fill)
+    if kept.shape[:2] != todo.output:
+        kept = _pad(kept, todo, spec.fill)
+    return torch.from_numpy(kept).permute(2, 0, 1)[:3]
 
 
 def normalise(
@@ -111,22 +114,17 @@ def normalise(
     return out
 
 
-def _pixels(rgb: Image.Image) -> tuple[torch.Tensor, Any]:
-    """View Pillow's own memory as uint8 (1, 4, H, W), channels last; valid while the second value lives.
+def _pixels(rgb: Image.Image) -> Pixels:
+    """View Pillow's own memory: uint8 (H, W, 4), read-only, nothing copied.
 
-    Pillow keeps RGB as four bytes a pixel, which is also what torch's kernel likes best: nothing is copied. Images
-    that Pillow keeps in more than one block (above 16 MB) are copied, as (1, 3, H, W).
+    Pillow keeps RGB as four bytes a pixel, which is also what torch's kernel likes best. An image that Pillow keeps in
+    more than one block (above 16 MB) is copied, as (H, W, 3).
     """
     try:
         exported = pa.array(rgb)
     except ValueError:
-        copied = torch.from_numpy(np.array(rgb))
-        return copied.permute(2, 0, 1)[None], copied
-    size = rgb.height * rgb.width * 4
-    # torch warns about read-only memory, which Arrow's is; only ever read here.
-    memory = (ctypes.c_uint8 * size).from_address(exported.buffers()[-1].address)
-    pixels = torch.frombuffer(memory, dtype=torch.uint8).view(1, rgb.height, rgb.width, 4)
-    return pixels.permute(0, 3, 1, 2), exported
+        return np.array(rgb)
+    return np.frombuffer(exported.buffers()[-1], dtype=np.uint8).reshape(rgb.height, rgb.width, 4)
 
 
 def _reach(axis: Axis) -> int:
@@ -137,31 +135,33 @@ def _reach(axis: Axis) -> int:
     return axis.resized if axis.stop == axis.source else axis.stop
 
 
-def _intermediate(todo: Plan, rows: int, columns: int) -> int:
-    """Pixels after the first of the two passes, over this many source rows and columns."""
-    return _reach(todo.vertical) * columns if todo.vertical_first else rows * _reach(todo.horizontal)
-
-
-def _resample(rgb: Image.Image, todo: Plan, kernel: Any) -> torch.Tensor:
-    pixels, _owner = _pixels(rgb)
+def _intermediate(todo: Plan) -> int:
+    """Pixels after the first of torch's two passes."""
     vertical, horizontal = todo.vertical, todo.horizontal
+    return _reach(vertical) * horizontal.source if todo.vertical_first else vertical.source * _reach(horizontal)
+
+
+def _resample(pixels: Pixels, todo: Plan, kernel: Any) -> Pixels:
+    # torch warns about read-only memory, which Pillow's is here; the kernel only reads.
+    memory = (ctypes.c_uint8 * pixels.size).from_address(pixels.ctypes.data)
+    image = torch.frombuffer(memory, dtype=torch.uint8).view(1, *pixels.shape).permute(0, 3, 1, 2)
+    vertical, horizontal = todo.vertical, todo.horizontal
+    rows, columns = _reach(vertical), _reach(horizontal)
     if vertical.unchanged:
-        pixels = pixels[:, :, : _reach(vertical)]
+        image = image[:, :, :rows]
     if horizontal.unchanged:
-        pixels = pixels[..., : _reach(horizontal)]
+        image = image[..., :columns]
+    upright, across = vertical.resized / vertical.source, horizontal.resized / horizontal.source
     if todo.vertical_first:
-        size = [_reach(vertical), pixels.shape[3]]
-        pixels = kernel(pixels, size, False, vertical.resized / vertical.source, None)[:, :, vertical.start :]
-        size = [pixels.shape[2], _reach(horizontal)]
-        pixels = kernel(pixels, size, False, None, horizontal.resized / horizontal.source)
-        return pixels[0, :, : vertical.length, horizontal.start : horizontal.stop]
-    # One call does both: horizontally first, as Pillow.
-    scales = vertical.resized / vertical.source, horizontal.resized / horizontal.source
-    pixels = kernel(pixels, [_reach(vertical), _reach(horizontal)], False, *scales)
-    return pixels[0, :, vertical.start : vertical.stop, horizontal.start : horizontal.stop]
+        image = kernel(image, [rows, image.shape[3]], False, upright, None)[:, :, vertical.start : vertical.stop]
+        image = kernel(image, [vertical.length, columns], False, None, across)
+    else:  # one call does both, horizontally first
+        image = kernel(image, [rows, columns], False, upright, across)[:, :, vertical.start : vertical.stop]
+    result: Pixels = image[0, :, :, horizontal.start : horizontal.stop].permute(1, 2, 0).numpy()
+    return result
 
 
-def _resample_anywhere(rgb: Image.Image, todo: Plan, interpolation: str, limits: Limits) -> torch.Tensor:
+def _resample_anywhere(rgb: Image.Image, todo: Plan, interpolation: str, limits: Limits) -> Pixels:
     """Resample only what the crop needs, with Pillow: for extreme shapes and for filters torch lacks."""
     vertical, horizontal = todo.vertical, todo.horizontal
     (top, bottom), (left, right) = (axis.window(_SUPPORT[interpolation]) for axis in (vertical, horizontal))
@@ -170,31 +170,29 @@ def _resample_anywhere(rgb: Image.Image, todo: Plan, interpolation: str, limits:
     if (rows, columns) != (rgb.height, rgb.width):
         # Pillow holds a box in single precision: small coordinates keep it exact far out in a long image.
         rgb = rgb.crop((left, top, right, bottom))
-    upper, lower = vertical.start * vertical.scale - top, vertical.stop * vertical.scale - top
+    first, last = vertical.start * vertical.scale - top, vertical.stop * vertical.scale - top
     west, east = horizontal.start * horizontal.scale - left, horizontal.stop * horizontal.scale - left
     method = Image.Resampling[interpolation.upper()]
     # One pass at a time, because Pillow chooses the order by the size of what it is given.
     for is_vertical in (todo.vertical_first, not todo.vertical_first):
         if is_vertical:
-            rgb = rgb.resize((rgb.width, vertical.length), method, (0, upper, rgb.width, min(lower, rgb.height)))
+            rgb = rgb.resize((rgb.width, vertical.length), method, (0, first, rgb.width, min(last, rgb.height)))
         else:
             rgb = rgb.resize((horizontal.length, rgb.height), method, (west, 0, min(east, rgb.width), rgb.height))
-    pixels, _owner = _pixels(rgb)
-    return pixels[0].clone(memory_format=torch.preserve_format)
+    return _pixels(rgb).copy()
 
 
-def _nearest(rgb: Image.Image, todo: Plan) -> torch.Tensor:
-    pixels, _owner = _pixels(rgb)
+def _nearest(pixels: Pixels, todo: Plan) -> Pixels:
     rows, columns = (_nearest_positions(axis) for axis in (todo.vertical, todo.horizontal))
-    return pixels[0].permute(1, 2, 0)[rows][:, columns].permute(2, 0, 1)
+    return pixels.take(rows, axis=0).take(columns, axis=1)
 
 
-def _nearest_positions(axis: Axis) -> torch.Tensor:
+def _nearest_positions(axis: Axis) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Source positions of the kept pixels. Adds the scale up one by one as Pillow does: a product rounds otherwise."""
     steps = np.full(axis.stop, axis.scale)
     steps[0] /= 2
     positions = np.add.accumulate(steps)[axis.start :].astype(np.int64)
-    return torch.from_numpy(np.minimum(positions, axis.source - 1))
+    return np.minimum(positions, axis.source - 1)
 
 
 def _guard(pixels: int, limits: Limits) -> None:
@@ -202,15 +200,9 @@ def _guard(pixels: int, limits: Limits) -> None:
         raise ImageError(Reason.TOO_LARGE, f"resizing needs {pixels} pixels, the limit is {limits.max_resized_pixels}")
 
 
-def _pad(kept: torch.Tensor, todo: Plan, fill: tuple[int, int, int]) -> torch.Tensor:
-    vertical, horizontal = todo.vertical, todo.horizontal
-    padded = torch.empty((*todo.output, 3), dtype=torch.uint8)
-    padded[:] = torch.tensor(fill, dtype=torch.uint8)
-    result = padded.permute(2, 0, 1)
-    rows = slice(vertical.before, vertical.before + vertical.length)
-    columns = slice(horizontal.before, horizontal.before + horizontal.length)
-    result[:, rows, columns] = kept[:3]
-    return result
-
-
-__all__ = ["PreprocessSpec", "normalise", "prepare"]
+def _pad(kept: Pixels, todo: Plan, fill: tuple[int, int, int]) -> Pixels:
+    top, left = todo.vertical.before, todo.horizontal.before
+    padded = np.empty((*todo.output, kept.shape[2]), dtype=np.uint8)
+    padded[:] = (*fill, 255)[: kept.shape[2]]
+    padded[top : top + kept.shape[0], left : left + kept.shape[1]] = kept
+    return padded

@@ -100,8 +100,8 @@ def compare(
         largest = max(largest, float(difference.max()))
         if model is not None:
             with torch.inference_mode():
-                pair = [model(image[None]).flatten().double() for image in (ours, theirs)]
-            similarity = float(torch.nn.functional.cosine_similarity(*pair, dim=0))
+                a, b = (model(image[None]).flatten().double() for image in (ours, theirs))
+            similarity = float(torch.nn.functional.cosine_similarity(a, b, dim=0))
             cosine = similarity if cosine is None else min(cosine, similarity)
     understood = isinstance(spec, PreprocessSpec)
     return ParityReport(

@@ -161,7 +161,9 @@ _UNREADABLE = (
     (b"\x01\xda\x00", "SGI"),
     (b"\x01\xda\x01", "SGI"),
 )
-_SVG = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*|<!DOCTYPE\s+svg[^>]*>\s*)*<svg[\s>]", re.S | re.I)
+_SVG = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*|<!--.*?-->\s*|<!DOCTYPE\s+svg[^>]*>\s*)*<svg[\s>]", re.S | re.I
+)
 _MARKUP = re.compile(rb"(?:\xef\xbb\xbf)?\s*<[!?a-z]", re.I)
 
 
@@ -194,12 +196,14 @@ def _diagnose(error: Exception, data: bytes) -> ImageError:
     text = _ADDRESS.sub("the image", str(error)) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning | MemoryError):
         return ImageError(Reason.TOO_LARGE, text)
-    if _NOT_SUPPORTED.search(text) or _is_undecodable_jpeg(data):
+    if _NOT_SUPPORTED.search(text):
         return ImageError(Reason.UNSUPPORTED, text)
     early = _ends_early(data)
     if early is None:
         early = isinstance(error, EOFError) or "truncat" in text.lower() or "not enough" in text.lower()
-    return ImageError(Reason.TRUNCATED if early else Reason.CORRUPT, text)
+    if early:
+        return ImageError(Reason.TRUNCATED, text)
+    return ImageError(Reason.UNSUPPORTED if _is_rare_jpeg(data) else Reason.CORRUPT, text)
 
 
 def _ends_early(data: bytes) -> bool | None:
@@ -216,10 +220,10 @@ def _ends_early(data: bytes) -> bool | None:
             length, kind = struct.unpack_from(">I4s", data, offset)
             offset += 12 + length
             if kind == b"IEND":
-                return offset > len(data)
+                return bool(offset > len(data))
         return True
     if data.startswith(b"RIFF"):
-        return len(data) < 12 or struct.unpack_from("<I", data, 4)[0] + 8 > len(data)
+        return len(data) < 12 or int.from_bytes(data[4:8], "little") + 8 > len(data)
     if data.startswith(b"GIF8"):
         return not data.rstrip(b"\0").endswith(b";")
     return None
@@ -242,7 +246,7 @@ def _jpeg_scan(data: bytes) -> tuple[int | None, tuple[int, int] | None]:
     return (offset if offset + 4 <= len(data) else None), frame
 
 
-def _is_undecodable_jpeg(data: bytes) -> bool:
-    """Lossless, hierarchical and other than 8-bit JPEG: real images that libjpeg or Pillow does not decode."""
+def _is_rare_jpeg(data: bytes) -> bool:
+    """Lossless, hierarchical or not 8 bits a sample: real images that not every libjpeg decodes."""
     frame = _jpeg_scan(data)[1] if data.startswith(b"\xff\xd8") else None
     return frame is not None and (frame[0] not in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA) or frame[1] != 8)

@@ -20,9 +20,9 @@ Transform = Callable[["Image.Image"], "torch.Tensor"]
 
 def timm_transform(model_or_cfg: Any, image_size: int | tuple[int, int] | None = None) -> Transform:
     """``timm.data.create_transform(**resolve_model_data_config(model))``; arguments as ``spec_from_timm``."""
-    import timm.data
+    from timm.data.transforms_factory import create_transform
 
-    transform: Transform = timm.data.create_transform(**timm_data_config(model_or_cfg, image_size))
+    transform: Transform = create_transform(**timm_data_config(model_or_cfg, image_size))
     return transform
 
 
@@ -43,7 +43,7 @@ def transform_of(spec: Spec) -> Transform:
     elif spec.resize != "none":
         longest = float(spec.resize == "contain")
         steps.append(ResizeKeepRatio(spec.size, longest=longest, interpolation=spec.interpolation))
-    steps.append(CenterCropOrPad(spec.crop, fill=spec.fill))
+    steps.append(CenterCropOrPad(list(spec.crop), fill=spec.fill))
     steps += [transforms.ToTensor(), transforms.Normalize(spec.mean, spec.std)]
     transform: Transform = transforms.Compose(steps)
     return transform

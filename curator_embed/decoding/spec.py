@@ -75,7 +75,8 @@ class PreprocessSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> PreprocessSpec:
         """The inverse of ``to_dict``."""
         known = {field.name for field in fields(cls)}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        return cls(**plain)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,15 +119,13 @@ Spec = PreprocessSpec | OpaqueTransform
 def openai_spec(size: int) -> PreprocessSpec:
     """OpenAI CLIP's preprocessing for an input of ``size`` x ``size``: bicubic resize to exactly that, centre crop.
 
-    Source: ``clip.clip._transform`` in openai/CLIP. timm's tags of the same weights resize further (see facts of each
-    tag's ``crop_pct``).
+    Source: ``clip.clip._transform`` in openai/CLIP. timm's tags of the same weights follow timm's
+    ``crop_pct``, which for some of them is not 1.
     """
     return PreprocessSpec("shortest", (size, size), (size, size), "bicubic", OPENAI_MEAN, OPENAI_STD)
 
 
-def spec_from_timm(
-    model_or_cfg: Any, image_size: int | tuple[int, int] | None = None
-) -> PreprocessSpec:
+def spec_from_timm(model_or_cfg: Any, image_size: int | tuple[int, int] | None = None) -> PreprocessSpec:
     """Derive the spec that ``timm.data.create_transform(**resolve_model_data_config(model))`` stands for.
 
     Args:
@@ -144,15 +143,17 @@ def spec_from_timm(
     crop_pct = config["crop_pct"]
     target = math.floor(height / crop_pct), math.floor(width / crop_pct)
     mean, std = _triple(config["mean"]), _triple(config["std"])
-    fill = (0, 0, 0)
+    fill: tuple[int, ...] = (0, 0, 0)
     resize: Resize
     if config["crop_mode"] == "squash":
         resize = "squash"
     elif config["crop_mode"] == "border":
-        resize, fill = "contain", tuple(round(255 * value) for value in mean)  # type: ignore[assignment]
+        resize, fill = "contain", tuple(round(255 * value) for value in mean)
     else:
         resize = "shortest" if target[0] == target[1] else "cover"
-    return PreprocessSpec(resize, target, (height, width), config["interpolation"], mean, std, fill)
+    return PreprocessSpec(
+        resize, target, (height, width), config["interpolation"], mean, std, (fill[0], fill[1], fill[2])
+    )
 
 
 def timm_data_config(model_or_cfg: Any, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
@@ -160,13 +161,12 @@ def timm_data_config(model_or_cfg: Any, image_size: int | tuple[int, int] | None
 
     Arguments and errors as in ``spec_from_timm``.
     """
-    import timm.data
+    from timm.data.config import resolve_data_config, resolve_model_data_config
     from timm.models import get_pretrained_cfg
 
     args: dict[str, Any] = {}
     if image_size is not None:
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        args["input_size"] = (3, height, width)
+        args["input_size"] = (3, *_pair(image_size))
     if isinstance(model_or_cfg, str):
         cfg = get_pretrained_cfg(model_or_cfg, allow_unregistered=False)
         if cfg is None:
@@ -175,16 +175,16 @@ def timm_data_config(model_or_cfg: Any, image_size: int | tuple[int, int] | None
     if hasattr(model_or_cfg, "to_dict") and not hasattr(model_or_cfg, "forward"):
         model_or_cfg = model_or_cfg.to_dict()
     if isinstance(model_or_cfg, Mapping):
-        return dict(timm.data.resolve_data_config(args, pretrained_cfg=dict(model_or_cfg)))
-    return dict(timm.data.resolve_model_data_config(model_or_cfg, args=args))
+        return dict(resolve_data_config(args, pretrained_cfg=dict(model_or_cfg)))
+    return dict(resolve_model_data_config(model_or_cfg, args=args))
 
 
 def spec_from_transform(transform: Any) -> Spec:
     """Read a torchvision ``Compose`` (or an ``ImageClassification`` preset) that takes PIL images.
 
-    Understood: an optional conversion to RGB, ``Resize``, ``CenterCrop``, conversion to a float tensor in 0..1,
-    ``Normalize``, in that order, as torchvision, timm, OpenAI CLIP and open_clip write them. Anything else, or another
-    order, gives an ``OpaqueTransform`` that runs it unchanged.
+    Understood: ``Resize`` or ``ResizeKeepRatio``, ``CenterCrop`` or ``CenterCropOrPad``, conversion to a float tensor
+    in 0..1, ``Normalize``, in that order, with conversions to RGB anywhere, as torchvision, timm, OpenAI CLIP and
+    open_clip write them. Anything else, or another order, gives an ``OpaqueTransform`` that runs it unchanged.
     """
     try:
         return _read_steps(_flatten(transform))
@@ -224,7 +224,7 @@ def _read_steps(steps: Sequence[Any]) -> PreprocessSpec:
     def take(*names: str) -> Any:
         return left.pop(0) if left and _is(left[0], *names) else None
 
-    resize, crop = take("Resize"), take("CenterCrop")
+    resize, crop = take("Resize", "ResizeKeepRatio"), take("CenterCrop", "CenterCropOrPad")
     as_tensor = take("ToTensor", "MaybeToTensor")
     if as_tensor is None and take("PILToTensor", "MaybePILToTensor", "ToImage"):
         as_tensor = take("ConvertImageDtype", "ToDtype")
@@ -237,25 +237,37 @@ def _read_steps(steps: Sequence[Any]) -> PreprocessSpec:
     if left:
         raise _NotUnderstood(_plain_repr(left[0]))
 
-    kind: Resize = "none"
-    size: tuple[int, int] | None = None
-    interpolation, max_size = "bicubic", None
-    if resize is not None:
-        wanted = [resize.size] if isinstance(resize.size, int) else list(resize.size or ())
-        if not wanted:
-            raise _NotUnderstood(_plain_repr(resize))
-        kind = "squash" if len(wanted) == 2 else "shortest"
-        size, max_size = (wanted[0], wanted[-1]), resize.max_size
-        interpolation = getattr(resize.interpolation, "value", resize.interpolation)
-        if interpolation not in get_args(Interpolation):
-            raise _NotUnderstood(_plain_repr(resize))
-    output = tuple(crop.size) * (3 - len(crop.size)) if crop is not None else size
+    kind, size, interpolation, max_size = _read_resize(resize)
+    output = _pair(crop.size) if crop is not None else size
     if output is None or (crop is None and kind != "squash"):
         raise _NotUnderstood("images of different sizes: no CenterCrop and no Resize to (height, width)")
+    fill = getattr(crop, "fill", 0)
+    fill = (fill,) * 3 if isinstance(fill, int) else tuple(fill)
+    if getattr(crop, "padding_mode", "constant") != "constant" or len(fill) != 3:
+        raise _NotUnderstood(_plain_repr(crop))
     mean, std = (normalise.mean, normalise.std) if normalise else ((0.0,) * 3, (1.0,) * 3)
-    return PreprocessSpec(
-        kind, size or output, output, interpolation, _triple(mean), _triple(std), max_size=max_size  # type: ignore[arg-type]
-    )
+    return PreprocessSpec(kind, size or output, output, interpolation, _triple(mean), _triple(std), fill, max_size)
+
+
+def _read_resize(step: Any) -> tuple[Resize, tuple[int, int] | None, Interpolation, int | None]:
+    """(resize, size, interpolation, max_size) of a torchvision ``Resize`` or timm ``ResizeKeepRatio``."""
+    if step is None:
+        return "none", None, "bicubic", None
+    interpolation = getattr(step.interpolation, "value", step.interpolation)
+    if interpolation not in get_args(Interpolation) or step.size is None:
+        raise _NotUnderstood(_plain_repr(step))
+    size = _pair(step.size)
+    if _is(step, "ResizeKeepRatio"):
+        if step.longest not in (0, 1) or step.random_scale_prob or step.random_aspect_prob:
+            raise _NotUnderstood(_plain_repr(step))
+        return ("contain" if step.longest else "cover"), size, interpolation, None
+    both = not isinstance(step.size, int) and len(step.size) == 2
+    return ("squash" if both else "shortest"), size, interpolation, step.max_size
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    numbers = (size,) if isinstance(size, int) else tuple(size)
+    return int(numbers[0]), int(numbers[-1])
 
 
 def _is(step: Any, *names: str) -> bool:
@@ -318,7 +330,11 @@ def _fingerprint(value: Any, depth: int) -> Any:
         return value.co_code.hex(), value.co_names, consts
     if isinstance(value, types.FunctionType):
         cells = [_fingerprint(cell.cell_contents, depth + 1) for cell in value.__closure__ or ()]
-        return value.__qualname__, _fingerprint(value.__code__, depth + 1), _fingerprint(value.__defaults__, depth), cells
+        return (
+            value.__qualname__,
+            cells,
+            *(_fingerprint(part, depth + 1) for part in (value.__code__, value.__defaults__)),
+        )
     if isinstance(value, Mapping):
         return [(_plain_repr(key), _fingerprint(value[key], depth + 1)) for key in sorted(value, key=repr)]
     if isinstance(value, list | tuple):

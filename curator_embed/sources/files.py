@@ -1,0 +1,480 @@
+"""Where bytes come from: one way to read, list and identify files on disk and behind any fsspec URL.
+
+Local files are read with positioned reads, never mapped (a mapped file that shrinks kills the
+process); remote ones in large blocks, one ahead. Everything that can name a credential is cut
+out of what people get to see.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Self
+
+from curator_embed.errors import MissingExtra, SourceError, UsageError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+BLOCK_BYTES = 16 << 20
+"""How much of a remote file one request asks for."""
+
+StorageOptions = Mapping[str, Any] | None
+
+_EXTRAS = {
+    "s3": ("s3fs", "s3"),
+    "s3a": ("s3fs", "s3"),
+    "gs": ("gcsfs", "gcs"),
+    "gcs": ("gcsfs", "gcs"),
+    "az": ("adlfs", "azure"),
+    "abfs": ("adlfs", "azure"),
+    "abfss": ("adlfs", "azure"),
+    "http": ("aiohttp", "http"),
+    "https": ("aiohttp", "http"),
+}
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def is_remote(path: str) -> bool:
+    """Whether ``path`` is a URL that fsspec must open; ``file://`` and plain paths are not."""
+    return "://" in path and not path.startswith(("file://", "local://"))
+
+
+def local_path(path: str) -> str:
+    """A local path as the operating system wants it: without ``file://``, with ``~`` expanded."""
+    return os.path.expanduser(path.removeprefix("file://").removeprefix("local://"))
+
+
+def join(base: str, *parts: str) -> str:
+    """Join path pieces with '/', for local paths and URLs alike."""
+    return "/".join((base.rstrip("/") if base.strip("/") else base.removesuffix("/"), *parts))
+
+
+def redact(text: str) -> str:
+    """Take user names, passwords and signed queries out of every URL in ``text``."""
+    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1", text)
+    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
+
+
+def natural_key(path: str) -> tuple[list[list[str | int]], str]:
+    """Sort key under which 2 comes before 10, folder by folder; ties go by the plain text."""
+    pieces = [[int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", s))] for s in path.split("/")]
+    return pieces, path
+
+
+# --- file systems --------------------------------------------------------------------------------
+
+
+def filesystem(path: str, storage_options: StorageOptions = None) -> tuple[AbstractFileSystem, str]:
+    """Open the file system of a URL: (fsspec file system, the path within it).
+
+    Raises:
+        MissingExtra: the package for this kind of URL is not installed.
+        UsageError: no file system goes by this protocol, or it refuses the storage options.
+    """
+    from fsspec.core import url_to_fs
+
+    try:
+        fs, inner = url_to_fs(path, **(storage_options or {}))
+    except ImportError as exc:
+        protocol = path.rpartition("::")[2].partition("://")[0]
+        package, extra = _EXTRAS.get(protocol, (f"the fsspec package for {protocol}://", "all"))
+        raise MissingExtra(package, extra, f"Reading {protocol}:// paths") from exc
+    except (ValueError, TypeError) as exc:
+        raise UsageError(f"{redact(path)}: cannot be opened: {redact(str(exc))}") from exc
+    return fs, inner
+
+
+def unreadable(path: str, exc: BaseException, at: int | None = None) -> SourceError:
+    """Turn whatever a file system raised into an error that names the file and the remedy."""
+    if isinstance(exc, FileNotFoundError):
+        problem, remedy = "does not exist (any more)", "Restore it, or leave it out of the dataset"
+    elif isinstance(exc, PermissionError):
+        problem, remedy = "access denied", "Check the permissions or credentials for it"
+    else:
+        problem = f"cannot be read ({type(exc).__name__}: {redact(str(exc))})"
+        remedy = "Check the disk or the connection and run again: finished shards are kept"
+    where = "" if at is None else f" at byte {at}"
+    return SourceError(redact(path), problem + where, remedy)
+
+
+def fingerprint(path: str, storage_options: StorageOptions = None) -> dict[str, Any]:
+    """Identify a stored file without reading it, as plain JSON values.
+
+    Returns:
+        ``{"size", "mtime_ns"}`` of a local file; ``{"size", "etag"}`` of a remote one that has an
+        etag or checksum, else ``{"size", "mtime"}`` (text; null when the server tells none).
+
+    Raises:
+        SourceError: it does not exist or cannot be looked at.
+    """
+    if not is_remote(path):
+        try:
+            stat = os.stat(local_path(path))
+        except OSError as exc:
+            raise unreadable(path, exc) from exc
+        return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    info = remote_info(path, storage_options)
+    size = info.get("size")
+    for name in ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest"):
+        if info.get(name):
+            return {"size": size, "etag": _plain(info[name]).strip('"')}
+    mtime = modified(info)
+    return {"size": size, "mtime": None if mtime is None else _plain(mtime)}
+
+
+def modified(info: Mapping[str, Any]) -> Any:
+    """When a remote file was last written, in whatever type its file system tells it; None if it does not."""
+    names = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "created")
+    return next((info[name] for name in names if info.get(name)), None)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bytes | bytearray):
+        return value.hex()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def remote_info(path: str, storage_options: StorageOptions) -> dict[str, Any]:
+    """What the file system knows of a remote file, freshly asked. Raises SourceError."""
+    fs, inner = filesystem(path, storage_options)
+    try:
+        fs.invalidate_cache(inner)  # a listing made before the file was replaced must not answer
+        return dict(fs.info(inner))
+    except Exception as exc:  # every file system has exceptions of its own, here and below
+        raise unreadable(path, exc) from None
+
+
+def exists(path: str, storage_options: StorageOptions = None) -> bool:
+    """Whether a file or folder is there; a server that answers otherwise than yes counts as no."""
+    if not is_remote(path):
+        return os.path.exists(local_path(path))
+    fs, inner = filesystem(path, storage_options)
+    return bool(fs.exists(inner))
+
+
+def is_folder(path: str, storage_options: StorageOptions = None) -> bool:
+    """Whether ``path`` is a folder (on an object store: a prefix that holds something)."""
+    if not is_remote(path):
+        return os.path.isdir(local_path(path))
+    fs, inner = filesystem(path, storage_options)
+    return bool(fs.isdir(inner))
+
+
+def list_files(
+    folder: str,
+    suffixes: str | tuple[str, ...] = "",
+    storage_options: StorageOptions = None,
+    *,
+    recursive: bool = False,
+) -> list[str]:
+    """The files of a folder whose names end so, as full paths or URLs in natural order (0, 1, 2, 10).
+
+    Hidden files and folders (a leading dot) are left out: temporaries live there. Links to
+    folders are not followed.
+
+    Args:
+        suffixes: lower-case endings that count, in any case; "" means every file.
+
+    Raises:
+        SourceError: the folder does not exist or cannot be listed.
+    """
+    if is_remote(folder):
+        found = _list_remote(folder, storage_options, recursive)
+    else:
+        found = _list_local(local_path(folder), recursive)
+    return sorted((path for path in found if path.lower().endswith(suffixes)), key=natural_key)
+
+
+def glob_files(pattern: str, storage_options: StorageOptions = None) -> list[str]:
+    """What a glob pattern matches, files and folders, as full paths or URLs in natural order."""
+    if not is_remote(pattern):
+        from glob import iglob
+
+        return sorted(iglob(local_path(pattern), recursive=True), key=natural_key)
+    fs, inner = filesystem(pattern, storage_options)
+    try:
+        fs.invalidate_cache()
+        found = fs.glob(inner)
+    except Exception as exc:
+        raise unreadable(pattern, exc) from None
+    return sorted((as_url(pattern, p) for p in found), key=natural_key)
+
+
+def normal(path: str, storage_options: StorageOptions = None) -> str:
+    """A path as listings spell it, so that what lies below it begins with it."""
+    if not is_remote(path):
+        return local_path(path)
+    return as_url(path, filesystem(path, storage_options)[1])
+
+
+def as_url(like: str, inner: str) -> str:
+    """Give a path that a file system listed the protocol of the URL it was listed for."""
+    return inner if "://" in inner else like[: like.rindex("://") + 3] + inner
+
+
+def _list_remote(folder: str, storage_options: StorageOptions, recursive: bool) -> list[str]:
+    fs, inner = filesystem(folder, storage_options)
+    try:
+        fs.invalidate_cache(inner)  # a listing made before files were added must not answer
+        found = fs.find(inner, maxdepth=None if recursive else 1)
+    except Exception as exc:
+        raise unreadable(folder, exc) from None
+    base = inner.rstrip("/") + "/"
+    visible = (p for p in found if not any(s.startswith(".") for s in p.removeprefix(base).split("/")))
+    return [as_url(folder, path) for path in visible]
+
+
+def _list_local(folder: str, recursive: bool) -> list[str]:
+    found: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    if recursive and not entry.is_symlink():
+                        found += _list_local(entry.path, True)
+                else:
+                    found.append(entry.path)
+    except OSError as exc:
+        raise unreadable(folder, exc) from exc
+    return found
+
+
+def read_all(path: str, storage_options: StorageOptions = None) -> bytes:
+    """Read a small file whole. Raises SourceError."""
+    with open_source(path, storage_options) as source:
+        return source.pread(0, source.size)
+
+
+def write_whole(path: str, data: bytes, storage_options: StorageOptions = None) -> None:
+    """Write a small file so that nobody ever sees half of it: renamed locally, put in one piece remotely.
+
+    Raises:
+        SourceError: it cannot be written there; nothing is left behind.
+    """
+    if is_remote(path):
+        fs, inner = filesystem(path, storage_options)
+        try:
+            fs.pipe_file(inner, data)
+        except Exception as exc:
+            raise _unwritable(path, exc) from None
+        return
+    target = local_path(path)
+    temporary = os.path.join(os.path.dirname(target), f".{os.path.basename(target)}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as exc:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise _unwritable(path, exc) from exc
+
+
+def _unwritable(path: str, exc: BaseException) -> SourceError:
+    return SourceError(
+        redact(path), f"cannot be written ({type(exc).__name__}: {redact(str(exc))})", "Choose a place that is writable"
+    )
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+class ByteSource(ABC):
+    """A file that can be read anywhere. Used by one thread at a time; close it after use.
+
+    Attributes:
+        path: where it lies.
+        size: its length in bytes when it was opened.
+    """
+
+    path: str
+    size: int
+
+    def pread(self, offset: int, n: int) -> bytes:
+        """Read ``n`` bytes at ``offset``: fewer only where the file ends, never because of a hiccup.
+
+        Raises:
+            SourceError: the bytes cannot be read, or the file has shrunk since it was opened.
+        """
+        n = min(n, self.size - offset)  # a size found in a damaged header must not be allocated
+        return self._read(offset, n) if n > 0 else b""
+
+    @abstractmethod
+    def _read(self, offset: int, n: int) -> bytes:
+        """Read exactly ``n`` > 0 bytes that lie within the file."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the file back."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_source(path: str, storage_options: StorageOptions = None, *, block_bytes: int = BLOCK_BYTES) -> ByteSource:
+    """Open a local path or fsspec URL for positioned reads.
+
+    Raises:
+        SourceError: it does not exist, is a folder, or cannot be opened.
+    """
+    return RemoteFile(path, storage_options, block_bytes) if is_remote(path) else LocalFile(path)
+
+
+class LocalFile(ByteSource):
+    """A file on disk, read with ``pread``."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._fd = -1
+        try:
+            self._fd = os.open(local_path(path), os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self.size = os.fstat(self._fd).st_size
+            os.pread(self._fd, 1, 0)  # a folder opens, but does not read
+        except OSError as exc:
+            self.close()
+            raise unreadable(path, exc) from exc
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):
+                os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+
+    def _read(self, offset: int, n: int) -> bytes:
+        try:
+            data = os.pread(self._fd, n, offset)
+            while len(data) < n:  # a signal, a network disk, or more than 2 GiB at once
+                more = os.pread(self._fd, n - len(data), offset + len(data))
+                if not more:
+                    raise _shrunk(self.path, offset + len(data))
+                data += more
+        except OSError as exc:
+            raise unreadable(self.path, exc, offset) from exc
+        return data
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class RemoteFile(ByteSource):
+    """A file behind an fsspec URL, read in large blocks with one block read ahead.
+
+    Retries are the file system's own business; a block that comes back short is asked for once more.
+    A server that does not answer range requests is read as one stream, forwards.
+
+    Holds at most four blocks.
+    """
+
+    KEPT_BLOCKS = 2
+
+    def __init__(self, path: str, storage_options: StorageOptions = None, block_bytes: int = BLOCK_BYTES) -> None:
+        self.path = path
+        info = remote_info(path, storage_options)
+        if info.get("type") == "directory":
+            raise unreadable(path, IsADirectoryError("is a folder"))
+        if info.get("size") is None:
+            raise SourceError(redact(path), "the server does not tell its size", "Copy it to a disk or a bucket first")
+        self.size = int(info["size"])
+        self._fs, self._inner = filesystem(path, storage_options)
+        self._block_bytes = block_bytes
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._ahead: tuple[int, Future[bytes]] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+        self._stream: Any = None  # the open stream of a server without range requests
+        self._stream_at = 0
+
+    def _read(self, offset: int, n: int) -> bytes:
+        first, start = divmod(offset, self._block_bytes)
+        last = (offset + n - 1) // self._block_bytes
+        if first == last:
+            return self._block(first)[start : start + n]
+        pieces = [self._block(first)[start:]]
+        pieces += [self._block(i) for i in range(first + 1, last)]
+        pieces.append(self._block(last)[: offset + n - last * self._block_bytes])
+        return b"".join(pieces)
+
+    def _block(self, index: int) -> bytes:
+        if (block := self._kept.get(index)) is not None:
+            self._kept.move_to_end(index)
+            return block
+        sequential = index == 0 or index - 1 in self._kept
+        if self._ahead is not None and self._ahead[0] == index:
+            future = self._ahead[1]
+        else:
+            future = self._pool.submit(self._fetch, index)
+        self._ahead = None
+        if sequential and (index + 1) * self._block_bytes < self.size:
+            self._ahead = index + 1, self._pool.submit(self._fetch, index + 1)
+        block = self._kept[index] = future.result()
+        if len(self._kept) > self.KEPT_BLOCKS:
+            self._kept.popitem(last=False)
+        return block
+
+    def _fetch(self, index: int) -> bytes:
+        start = index * self._block_bytes
+        wanted = min(self._block_bytes, self.size - start)
+        try:
+            if self._stream is None:
+                for _ in range(2):
+                    data: bytes = self._fs.cat_file(self._inner, start=start, end=start + wanted)
+                    if len(data) == wanted:
+                        return data
+                    if len(data) > wanted:
+                        break  # the whole file came: this server ignores ranges
+                else:
+                    raise _shrunk(self.path, start + len(data))
+            return self._fetch_from_stream(start, wanted)
+        except SourceError:
+            raise
+        except Exception as exc:
+            raise unreadable(self.path, exc, start) from None
+
+    def _fetch_from_stream(self, start: int, wanted: int) -> bytes:
+        if self._stream is None or self._stream_at > start:
+            self._close_stream()
+            self._stream, self._stream_at = self._fs.open(self._inner, "rb", block_size=0), 0
+        while self._stream_at < start:
+            self._stream_at += len(self._stream_piece(min(1 << 20, start - self._stream_at)))
+        pieces: list[bytes] = []
+        while (missing := start + wanted - self._stream_at) > 0:
+            pieces.append(self._stream_piece(missing))
+            self._stream_at += len(pieces[-1])
+        return b"".join(pieces)
+
+    def _stream_piece(self, n: int) -> bytes:
+        piece: bytes = self._stream.read(n)
+        if not piece:
+            raise _shrunk(self.path, self._stream_at)
+        return piece
+
+    def _close_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._kept.clear()
+        self._ahead = None
+        self._close_stream()
+
+
+def _shrunk(path: str, at: int) -> SourceError:
+    return SourceError(
+        redact(path), f"ends at byte {at}, earlier than when it was opened", "Do not replace files while they are read"
+    )

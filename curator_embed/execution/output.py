@@ -233,17 +233,18 @@ def collect_table(plan: TablePlan) -> pa.Table:
 def _output(plan: TablePlan) -> Iterator[tuple[pa.Schema, Iterator[pa.Table]]]:
     """The output's schema and its rows, a row group at a time."""
     with _pieces(plan) as (schema, pieces):
-        fields = [
-            f for f in schema if f.name not in plan.columns and (plan.selected is None or f.name in plan.selected)
-        ]
-        fields_out = [*fields, *(pa.field(name, column.type) for name, column in plan.columns.items())]
-        out = pa.schema(fields_out, metadata={**(schema.metadata or {}), FOOTER_KEY: plan.footer.to_bytes()})
+        kept = [f for f in schema if f.name in plan.columns or plan.selected is None or f.name in plan.selected]
+        # A column that is made anew keeps its place; new ones come behind.
+        fields = [pa.field(f.name, plan.columns[f.name].type) if f.name in plan.columns else f for f in kept]
+        fields += [pa.field(name, new.type) for name, new in plan.columns.items() if name not in schema.names]
+        out = pa.schema(fields, metadata={**(schema.metadata or {}), FOOTER_KEY: plan.footer.to_bytes()})
+
+        def column(name: str, rows: np.ndarray, table: pa.Table) -> pa.ChunkedArray:
+            return pa.chunked_array([plan.columns[name].values(rows)]) if name in plan.columns else table.column(name)
 
         def tables() -> Iterator[pa.Table]:
             for rows, table in pieces:
-                arrays = [table.column(f.name) for f in fields]
-                arrays += [pa.chunked_array([column.values(rows)]) for column in plan.columns.values()]
-                yield pa.Table.from_arrays(arrays, schema=out)
+                yield pa.Table.from_arrays([column(f.name, rows, table) for f in fields], schema=out)
 
         yield out, tables()
 

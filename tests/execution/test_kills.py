@@ -1,0 +1,102 @@
+"""Promise 3 under ``kill -9``: whatever happens, the finished output is what an undisturbed run writes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from curator_embed.execution.failpoints import NAMES
+from tests.shards import write_dataset
+from tests.zygote import Zygote
+
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    started = Zygote()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, wheel_photos: list[Path]) -> Path:
+    bad = {(1, 2): b"", (2, 0): b"<html></html>"}
+    return write_dataset(tmp_path_factory.mktemp("kills") / "source", wheel_photos, shards=SHARDS, bad=bad)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote: Zygote, source: Path) -> dict[str, bytes]:
+    output = source.parent / "undisturbed"
+    assert zygote.run(source=str(source), output=str(output)) == 0
+    return contents(output)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of an output but the reports, which hold times."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.is_file()}
+
+
+def finished(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_mtime_ns for p in folder.glob("*.parquet")}
+
+
+@pytest.mark.parametrize("moment", ["1", "3"])
+@pytest.mark.parametrize("point", NAMES)
+def test_killed_at_a_named_point(
+    point: str, moment: str, zygote: Zygote, source: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    environment = {"CURATOR_EMBED_FAILPOINT": f"{point}:{moment}"}
+    assert zygote.run(source=str(source), output=str(output), environment=environment) == -9
+    before = finished(output)
+    assert len(before) < SHARDS or point == "shard.finished"
+    assert zygote.run(source=str(source), output=str(output)) == 0
+    assert contents(output) == undisturbed
+    after = finished(output)
+    assert {name: after[name] for name in before} == before, "finished shards are not computed again"
+
+
+@pytest.mark.parametrize("point", ["shard.read", "output.temporary_written", "output.replaced"])
+def test_killed_while_adding_in_place(point: str, zygote: Zygote, source: Path, tmp_path: Path) -> None:
+    there = [shutil.copytree(source, tmp_path / name) for name in ("whole", "killed")]
+    for folder in there:  # mtimes are part of the footer
+        shutil.copystat(source, folder)
+    assert zygote.run(source=str(there[0]), output=None) == 0
+    environment = {"CURATOR_EMBED_FAILPOINT": f"{point}:2"}
+    assert zygote.run(source=str(there[1]), output=None, environment=environment) == -9
+    assert zygote.run(source=str(there[1]), output=None) == 0
+    assert contents(there[1]) == contents(there[0])
+
+
+def test_a_killed_worker_costs_only_time(
+    zygote: Zygote, source: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    # The failpoint counts per process: every worker that starts dies at its third shard, until all are done.
+    environment = {"CURATOR_EMBED_FAILPOINT": "output.temporary_written:2"}
+    output = tmp_path / "out"
+    assert zygote.run(source=str(source), output=str(output), workers=2, environment=environment) in (0, 99)
+    assert zygote.run(source=str(source), output=str(output)) == 0
+    assert contents(output) == undisturbed
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(
+    zygote: Zygote, source: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    chosen = random.Random(7)
+    survived = 0
+    for number in range(50):
+        output = tmp_path / f"out-{number}"
+        status = zygote.run(source=str(source), output=str(output), kill_after=chosen.uniform(0.05, 1.2))
+        survived += status == 0
+        before = finished(output) if output.exists() else {}
+        assert zygote.run(source=str(source), output=str(output)) == 0
+        assert contents(output) == undisturbed
+        after = finished(output)
+        assert {name: after[name] for name in before} == before
+    assert survived < 40, "most runs were to be killed"

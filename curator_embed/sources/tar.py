@@ -94,8 +94,8 @@ class TarScan:
         sparse = False
         while at < source.size:
             block = source.pread(at, BLOCK)
-            if block == _ZEROS:
-                if source.pread(at + BLOCK, BLOCK) in (_ZEROS, b""):
+            if _is_zero(block):
+                if _is_zero(source.pread(at + BLOCK, BLOCK)):
                     self._look_behind_end(at + 2 * BLOCK)
                     break
                 at += BLOCK  # a lone block of zeros: GNU tar goes on, too
@@ -146,6 +146,8 @@ class TarScan:
         else:
             if name is not None or size is not None:
                 self.damage, self.cut = f"cut at byte {source.size}, before the header of '{name or '?'}'", True
+            elif at > source.size and self.damage is None:
+                self.damage, self.cut = f"cut at byte {source.size}, in the padding behind a member", True
 
     def _extension(self, header: Header, at: int) -> bytes:
         """The body of a long name or PAX header; one that lies about its length is no header."""
@@ -169,7 +171,7 @@ class TarScan:
         rest = self.source.pread(at, _TRAILER_BLOCKS * BLOCK)
         for start in range(0, len(rest), BLOCK):
             block = rest[start : start + BLOCK]
-            if not any(block):
+            if _is_zero(block):
                 continue
             try:
                 parse_header(block)
@@ -243,6 +245,11 @@ def parse_pax(body: bytes) -> dict[str, bytes]:
 def decode_name(raw: bytes) -> str:
     """A member's name as text. Bytes that are no UTF-8 become \\xNN, so that names stay distinct and storable."""
     return raw.decode("utf-8", "backslashreplace")
+
+
+def _is_zero(block: bytes) -> bool:
+    """Whether this is (a part of) an end marker, or nothing at all."""
+    return block == _ZEROS[: len(block)]
 
 
 def _number(field: bytes, what: str) -> int:

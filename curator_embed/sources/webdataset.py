@@ -42,7 +42,7 @@ MAX_EXTRA_BYTES = 16 << 20
 """Longest caption or json that is read; what is longer counts as unreadable."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Open:
     """A sample that is being put together. Holds an image only while its members stand together."""
 
@@ -391,14 +391,12 @@ class _Pass:
             before = before[: before.index(sample)]
             if after:
                 self.waiting[row_id] = after
-        for other in before:  # samples of one id pair with its rows in order: none may overtake
-            yield other
+        yield from before  # samples of one id pair with its rows in order: none may overtake
         yield sample
 
     def _release(self, sample: _Open) -> Iterator[_Open]:
         """Give a waiting sample, without an image, and those that wait under the same id."""
-        for other in self.waiting.pop(self._settle_id(sample), []):
-            yield other
+        yield from self.waiting.pop(self._settle_id(sample), [])
 
     def _settle_id(self, sample: _Open) -> str:
         if sample.id is None:

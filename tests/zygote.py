@@ -29,6 +29,8 @@ def run_job(job: dict[str, Any]) -> None:
 
 def main() -> None:
     """Serve jobs until standard input ends."""
+    import torch  # noqa: F401
+
     import curator_embed.datasets.saving
     import curator_embed.decoding.pillow
     import curator_embed.execution.run  # noqa: F401

@@ -1,7 +1,8 @@
 """Named points of a shard's life at which a test can kill the process.
 
 Set ``CURATOR_EMBED_FAILPOINT=NAME`` or ``NAME:K`` (the K-th time, counted per process) and the
-process dies by SIGKILL there, as a power cut would have it.
+process dies by SIGKILL there, as a power cut would have it. With ``NAME:K:FILE`` only the first
+process that gets there dies, the one that creates the file.
 """
 
 from __future__ import annotations
@@ -29,10 +30,19 @@ def failpoint(name: str) -> None:
     wanted = os.environ.get("CURATOR_EMBED_FAILPOINT")
     if not wanted:
         return
-    target, _, nth = wanted.partition(":")
+    target, _, rest = wanted.partition(":")
+    nth, _, once = rest.partition(":")
     if target != name:
         return
     with _lock:
         _hits[name] = _hits.get(name, 0) + 1
-        if _hits[name] == int(nth or 1):
+        if _hits[name] == int(nth or 1) and (not once or _first(once)):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _first(file: str) -> bool:
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True

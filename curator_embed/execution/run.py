@@ -230,6 +230,7 @@ def execute(
         with _stop_requests() as stop:
             _Driver(client, plan, report, limit, stop).run(progress)
         report.wall_seconds = time.perf_counter() - started
+        clear_temporaries(folder)  # of workers that died meanwhile
         _keep(report, folder)
     _raise_for(report)
     return report, plan

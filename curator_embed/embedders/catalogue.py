@@ -1,0 +1,313 @@
+"""Which models there are and how each is built: names, heads, input sizes, dimensions.
+
+Everything is derived from timm's configuration and from models on the meta device, which cost no memory and no
+arithmetic; no list of names but OpenAI's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from fnmatch import fnmatchcase
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from curator_embed.decoding.spec import PreprocessSpec, openai_spec, spec_from_timm
+from curator_embed.embedders.forward import prefers_channels_last
+from curator_embed.embedders.openai_clip import TOWERS
+from curator_embed.embedders.weights import load_weights
+from curator_embed.errors import CuratorEmbedError, UsageError
+
+MEASURED_ARCHITECTURES = 24
+"""``list_models`` builds at most this many on the meta device (0.1 s each) to learn their dimension."""
+
+_seeding = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model that a name stands for, not built yet.
+
+    Attributes:
+        name: as the user wrote it, timm's or OpenAI's.
+        timm_name: timm's, with its pretrained tag if it has one.
+        image_size: pixels of a square input instead of the configured one.
+    """
+
+    name: str
+    timm_name: str
+    image_size: int | None = None
+
+    @classmethod
+    def of(cls, name: str, image_size: int | None = None) -> Blueprint:
+        """Look a name up and check that the image size fits.
+
+        Raises:
+            UsageError: no such model (near names are given), or the size does not fit (sizes that do are given).
+        """
+        blueprint = cls(name, _timm_name(name))
+        if image_size is None or image_size == blueprint.native_size:
+            return blueprint
+        if not isinstance(image_size, int) or isinstance(image_size, bool) or image_size < 1:
+            raise UsageError(f"image_size must be a positive whole number of pixels, not {image_size!r}")
+        resized = cls(name, blueprint.timm_name, image_size)
+        if not resized._fits():
+            sizes = ", ".join(map(str, sorted(blueprint._sizes_near(image_size))))
+            patch = f" of {patch_size} pixels" if (patch_size := blueprint.patch_size) else ""
+            raise UsageError(
+                f"image_size={image_size} does not fit {name} (patches or strides{patch} must fill it). "
+                f"Nearest sizes that do: {sizes}"
+            )
+        return resized
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the fields travel: what is cached beside them is large and quickly found again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def config(self) -> Any:
+        """timm's ``PretrainedCfg``."""
+        from timm.models import get_pretrained_cfg
+
+        return get_pretrained_cfg(self.timm_name)
+
+    @property
+    def is_openai(self) -> bool:
+        """Whether the name is OpenAI's, and so promises OpenAI's preprocessing."""
+        return self.name in TOWERS
+
+    @property
+    def projects(self) -> bool:
+        """Whether the configured "head" is a projection into an embedding space, to be kept, and no classifier.
+
+        Told by its width: embedding spaces are multiples of 64 up to 2048 wide, and no label set is (1000, 11821,
+        21841, ...). Checked against all pretrained tags of timm 1.0.
+        """
+        width = self.config.num_classes or 0
+        return 0 < width <= 2048 and width % 64 == 0
+
+    @property
+    def native_size(self) -> int:
+        """Height and width of the configured input."""
+        return int(self.config.input_size[-1])
+
+    @property
+    def patch_size(self) -> int | None:
+        """Side of a patch in pixels; None for models that do not cut the image into patches."""
+        named = re.search(r"_patch(\d+)", self.timm_name)
+        if named:
+            return int(named[1])
+        side = getattr(getattr(self.meta, "patch_embed", None), "patch_size", None)
+        side = side[0] if isinstance(side, tuple | list) else side
+        return side if isinstance(side, int) and side > 1 else None
+
+    @property
+    def droppable(self) -> tuple[str, ...]:
+        """Names of the classifier modules that the built model lacks and a weights file may have."""
+        classifier = self.config.classifier or ()
+        return () if self.projects else (classifier,) if isinstance(classifier, str) else tuple(classifier)
+
+    def spec(self) -> PreprocessSpec:
+        """The preprocessing that the name promises."""
+        if self.is_openai:
+            return openai_spec(self.image_size or self.native_size)
+        return spec_from_timm(self.config, self.image_size)
+
+    @cached_property
+    def meta(self) -> torch.nn.Module:
+        """The model without memory, for questions about its structure."""
+        with torch.device("meta"):
+            return self._create(pretrained=False).eval()
+
+    @cached_property
+    def is_convolutional(self) -> bool:
+        """Whether convolutions make up the model: what decides about memory layout and compiling."""
+        return prefers_channels_last(self.meta)
+
+    @cached_property
+    def dim(self) -> int:
+        """Length of an embedding."""
+        try:
+            return int(self._shape_on(self.meta)[-1])
+        except Exception:  # some models compute sizes from values, which the meta device does not have
+            return int(self._shape_on(self.build())[-1])
+
+    def build(self, *, pretrained: bool = False, weights: str | Path | None = None) -> torch.nn.Module:
+        """Build the model on the CPU, in eval mode.
+
+        Args:
+            pretrained: download timm's weights, unless ``weights`` is given.
+            weights: a safetensors file or a torch state dict. With neither, weights are random and the same in
+                every process.
+
+        Raises:
+            UsageError: the weights do not fit, or the name has none to download.
+            CuratorEmbedError: the download failed.
+        """
+        if pretrained and weights is None:
+            return self._download().eval()
+        with _seeding, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = self._create(pretrained=False)
+        if weights is not None:
+            load_weights(model, weights, droppable=self.droppable)
+        return model.eval()
+
+    def _create(self, *, pretrained: bool) -> torch.nn.Module:
+        import timm
+
+        args: dict[str, Any] = {} if self.projects else {"num_classes": 0}
+        # Nets that take any size have no such argument; the others are built for one.
+        if self.image_size is not None and self.config.fixed_input_size:
+            args["img_size"] = self.image_size
+        model: torch.nn.Module = timm.create_model(self.timm_name, pretrained=pretrained, **args)
+        return model
+
+    def _download(self) -> torch.nn.Module:
+        if not self.config.has_weights:
+            raise UsageError(
+                f"there are no pretrained weights of {self.name}; add one of its tags to the name (see "
+                f"`curator-embed models '{self.timm_name}*'`) or pass weights=PATH"
+            )
+        try:
+            return self._create(pretrained=True)
+        except Exception as error:  # hub, network and file errors of several libraries
+            raise CuratorEmbedError(
+                f"the weights of {self.name} could not be downloaded ({type(error).__name__}: "
+                f"{(str(error).splitlines() or [''])[0][:200]}). Check the network, or download "
+                f"{self.config.hf_hub_id or self.config.url} elsewhere and pass weights=PATH"
+            ) from error
+
+    def _shape_on(self, model: torch.nn.Module) -> torch.Size:
+        device = next(model.parameters()).device
+        with torch.inference_mode():
+            shape: torch.Size = model(torch.zeros(1, 3, *self.spec().output, device=device)).shape
+        return shape
+
+    def _fits(self) -> bool:
+        size = self.image_size
+        assert size is not None
+        if size % (self._patch_or_one()):
+            return False
+        try:
+            self._shape_on(self.meta)
+        except Exception:
+            # Not to be judged on the meta device when it does not run there at its own size either.
+            return not Blueprint(self.name, self.timm_name)._runs_on_meta()
+        return True
+
+    def _patch_or_one(self) -> int:
+        return Blueprint(self.name, self.timm_name).patch_size or 1
+
+    def _runs_on_meta(self) -> bool:
+        try:
+            self._shape_on(self.meta)
+        except Exception:
+            return False
+        return True
+
+    def _sizes_near(self, wanted: int) -> Iterator[int]:
+        """Up to one size that fits on either side of ``wanted``; the configured one where there is none."""
+        step = self.patch_size or 32
+        found = False
+        for direction in (-1, 1):
+            start = wanted // step if direction < 0 else -(-wanted // step)
+            for tries in count():
+                size = (start + direction * tries) * step
+                if tries == 8 or size < 1:
+                    break
+                if size == self.native_size or Blueprint(self.name, self.timm_name, size)._fits():
+                    yield size
+                    found = True
+                    break
+        if not found:
+            yield self.native_size
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """One line of ``list_models``.
+
+    Attributes:
+        name: what ``TimmImageEmbedder`` takes.
+        input_size: "224x224", height first.
+        dim: length of an embedding; None where it was not looked up.
+        patch_size: in pixels; None for nets without patches, or where it was not looked up.
+        understood: whether the preprocessing is one of the engines' own.
+    """
+
+    name: str
+    input_size: str
+    dim: int | None
+    patch_size: int | None
+    understood: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def list_models(pattern: str = "*") -> list[ModelRow]:
+    """Models with pretrained weights whose name matches a glob, OpenAI's names first.
+
+    Dimensions are looked up by building models on the meta device, unless more than ``MEASURED_ARCHITECTURES``
+    architectures match; then only those that the configuration tells (projections) are given.
+    """
+    import timm
+
+    names = [name for name in TOWERS if fnmatchcase(name, pattern)] + timm.list_models(pattern, pretrained=True)
+    blueprints = [Blueprint(name, TOWERS.get(name, name)) for name in names]
+    architectures = {(b.timm_name.partition(".")[0], b.projects) for b in blueprints}
+    look_up = len(architectures) <= MEASURED_ARCHITECTURES
+    known: dict[tuple[str, bool, int], tuple[int, int | None]] = {}
+    rows = []
+    for blueprint in blueprints:
+        dim = blueprint.config.num_classes if blueprint.projects else None
+        named = re.search(r"_patch(\d+)", blueprint.timm_name)
+        patch = int(named[1]) if named else None
+        try:
+            spec = blueprint.spec()
+        except UsageError:
+            size = "x".join(map(str, blueprint.config.input_size[1:]))
+            rows.append(ModelRow(blueprint.name, size, dim, patch, understood=False))
+            continue
+        if look_up:
+            key = blueprint.timm_name.partition(".")[0], blueprint.projects, blueprint.config.num_classes
+            if key not in known:
+                known[key] = blueprint.dim, blueprint.patch_size
+            dim, patch = known[key]
+        rows.append(ModelRow(blueprint.name, "x".join(map(str, spec.output)), dim, patch, understood=True))
+    return rows
+
+
+def _timm_name(name: str) -> str:
+    """Check a model name and translate OpenAI's to timm's.
+
+    Raises:
+        UsageError: there is none; near names are given.
+    """
+    import timm
+    from timm.models import get_pretrained_cfg
+
+    if name in TOWERS:
+        return TOWERS[name]
+    architecture, _, tag = name.partition(".")
+    tagged: list[str] = []
+    if timm.is_model(architecture):
+        tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+        with suppress(RuntimeError):  # what timm raises for a tag it does not know
+            if not tag or get_pretrained_cfg(name, allow_unregistered=False) is not None:
+                return name
+    lowered = {known.lower(): known for known in (*TOWERS, *timm.list_models(pretrained=True), *timm.list_models())}
+    near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.5)]
+    suggestions = tagged[:6] or near
+    hint = f" Did you mean: {', '.join(suggestions)}?" if suggestions else ""
+    raise UsageError(f"there is no model named '{name}' in timm or among OpenAI's CLIP models.{hint}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from curator_embed.decoding.spec import PreprocessSpec
 
@@ -52,13 +54,46 @@ class Axis:
         """Whether there is nothing to resample."""
         return self.source == self.resized
 
-    def window(self, support: float) -> tuple[int, int]:
-        """Source pixels ``[first, last)`` that the kept pixels are made of, for a filter that reaches
-        ``support`` source pixels (at scale 1) to each side."""
-        reach = support * max(self.scale, 1.0) + 1
-        first = math.floor(self.start * self.scale - reach)
-        last = math.ceil(self.stop * self.scale + reach)
-        return max(first, 0), min(last, self.source)
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What Pillow is asked for to get an axis' kept pixels, and few others, as the full resize would give them.
+
+    Attributes:
+        first, last: source pixels that take part: crop to these first.
+        begin, end: the box within them, in fractions of source pixels.
+        start, stop: the resized pixels this gives; they contain the axis' own.
+    """
+
+    first: int
+    last: int
+    begin: float
+    end: float
+    start: int
+    stop: int
+
+
+def box_of(axis: Axis, support: float, slack: int = 24) -> Box:
+    """Find the box of an axis for a filter that reaches ``support`` source pixels (at scale 1) to each side.
+
+    Pillow holds a box in single precision, which is off by up to 1e-5 pixels and shows as single grey levels. Hence
+    the crop, which keeps coordinates small, and up to ``slack`` more resized pixels on each side, among which the
+    bounds are taken that single precision represents best.
+    """
+    scale = axis.scale
+    starts = np.arange(axis.start, max(axis.start - slack, 0) - 1, -1)
+    stops = np.arange(axis.stop, min(axis.stop + slack, axis.resized) + 1)
+    reach = support * max(scale, 1.0) + 1
+    first = max(math.floor(starts[-1] * scale - reach), 0)
+    last = min(math.ceil(stops[-1] * scale + reach), axis.source)
+    begins, ends = starts * scale - first, stops * scale - first
+    single_begins, single_ends = begins.astype(np.float32), ends.astype(np.float32)
+    lengths = (single_ends[None, :] - single_begins[:, None]).astype(np.float64)
+    at_begin = np.abs(single_begins - begins)[:, None]
+    at_end = np.abs(single_begins[:, None] + lengths - ends[None, :])
+    i, j = np.unravel_index(np.argmin(np.maximum(at_begin, at_end)), lengths.shape)
+    end = min(float(ends[j]), float(last - first))
+    return Box(first, last, float(begins[i]), end, int(starts[i]), int(stops[j]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Resize = Literal["shortest", "squash", "cover", "contain", "none"]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Triple = tuple[float, float, float]
 
 OPENAI_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)

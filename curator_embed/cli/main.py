@@ -243,7 +243,7 @@ def certify(
     dataset = ImageTextPairDataset.from_webdataset(src, id_col=id_col, storage_options=_options(storage_options))
     report = embedder.certify(dataset.first_images(images))
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    if not report.agrees:
+    if not report.holds:
         raise typer.Exit(3)
 
 

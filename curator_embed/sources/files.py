@@ -154,19 +154,25 @@ def remote_info(path: str, storage_options: StorageOptions) -> dict[str, Any]:
 
 
 def exists(path: str, storage_options: StorageOptions = None) -> bool:
-    """Whether a file or folder is there; a server that answers otherwise than yes counts as no."""
+    """Whether a file or folder is there. Raises SourceError where a server will not say."""
     if not is_remote(path):
         return os.path.exists(local_path(path))
     fs, inner = filesystem(path, storage_options)
-    return bool(fs.exists(inner))
+    try:
+        return bool(fs.exists(inner))
+    except Exception as exc:
+        raise unreadable(path, exc) from None
 
 
 def is_folder(path: str, storage_options: StorageOptions = None) -> bool:
-    """Whether ``path`` is a folder (on an object store: a prefix that holds something)."""
+    """Whether ``path`` is a folder (on an object store: a prefix that holds something). Raises SourceError."""
     if not is_remote(path):
         return os.path.isdir(local_path(path))
     fs, inner = filesystem(path, storage_options)
-    return bool(fs.isdir(inner))
+    try:
+        return bool(fs.isdir(inner))
+    except Exception as exc:
+        raise unreadable(path, exc) from None
 
 
 def list_files(
@@ -359,7 +365,7 @@ class LocalFile(ByteSource):
             while len(data) < n:  # a signal, a network disk, or more than 2 GiB at once
                 more = os.pread(self._fd, n - len(data), offset + len(data))
                 if not more:
-                    raise _shrunk(self.path, offset + len(data))
+                    raise _shrunk(self.path, os.fstat(self._fd).st_size)
                 data += more
         except OSError as exc:
             raise unreadable(self.path, exc, offset) from exc

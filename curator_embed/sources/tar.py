@@ -119,6 +119,8 @@ class TarScan:
                 if at == 0:
                     raise self._not_a_tar(block, exc) from None
                 self.damage, self.cut = f"{exc} at byte {at} of {source.size}: what follows is not readable", True
+                if at + BLOCK > source.size:
+                    self.damage = f"cut at byte {source.size}, inside a header"
                 return
             member = Member(header.name if name is None else name, at + BLOCK, header.size if size is None else size)
             kind, was_sparse = header.kind, sparse or header.kind == b"S"

@@ -6,6 +6,7 @@ Pillow's resampling is the reference; torch's uint8 kernel computes the same sev
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,10 +83,10 @@ def normalise(
     channels_last: bool = False,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Stack prepared images into the float batch a model takes: divided by 255, minus mean, divided by std.
+    """Stack prepared images into the float batch a model takes: (pixel / 255 - mean) / std.
 
-    The arithmetic is that of torchvision's ``ToTensor`` and ``Normalize``, step by step, so that equal pixels give
-    equal bits.
+    Computed as pixel * scale + offset, which is ToTensor and Normalize but for the last bit of a float32 and costs
+    half as much.
 
     Args:
         images: n tensors from ``prepare``.
@@ -104,19 +105,37 @@ def normalise(
         for row, image in zip(out, images, strict=True):
             row.copy_(image)
         return out
-    mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+    mean, std = (np.array(values, np.float64) for values in (spec.mean, spec.std))
+    scale, offset = (torch.from_numpy(v.astype(np.float32)) for v in (1 / (255 * std), -mean / std))
     if out.is_contiguous():
-        mean, std = mean.view(3, 1, 1), std.view(3, 1, 1)
+        scale, offset = scale.view(3, 1, 1), offset.view(3, 1, 1)
         for row, image in zip(out, images, strict=True):
-            row.copy_(image).div_(255).sub_(mean).div_(std)
+            _to_planes(row, image).mul_(scale).add_(offset)
         return out
-    # Channels last: rows of W * 3 values, with mean and std repeated alongside, keep the arithmetic vectorised.
+    # Channels last: rows of W * 3 values, with scale and offset repeated alongside, keep the arithmetic vectorised.
     height, width = shape[2:]
-    mean, std = mean.repeat(width), std.repeat(width)
+    scale, offset = scale.repeat(width), offset.repeat(width)
     for row, image in zip(out, images, strict=True):
-        row.copy_(image)
-        row.permute(1, 2, 0).view(height, width * 3).div_(255).sub_(mean).div_(std)
+        pixels = row.permute(1, 2, 0)
+        # NumPy's strided copy is several times faster than torch's here.
+        target, source = pixels.numpy(), image.permute(1, 2, 0).numpy()
+        for channel in range(3):
+            target[..., channel] = source[..., channel]
+        pixels.view(height, width * 3).mul_(scale).add_(offset)
     return out
+
+
+def _to_planes(row: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """Copy uint8 (3, H, W) into float32 (3, H, W); four-byte pixels are taken apart as integers, vectorised."""
+    if image.stride() != (1, 4 * image.shape[2], 4) or sys.byteorder != "little":
+        return row.copy_(image)
+    words = image.as_strided((*image.shape[1:], 4), (4 * image.shape[2], 4, 1)).view(torch.int32).squeeze(-1)
+    channel = torch.bitwise_and(words, 255)
+    row[0].copy_(channel)
+    for number in (1, 2):
+        torch.bitwise_right_shift(words, 8 * number, out=channel)
+        row[number].copy_(channel.bitwise_and_(255))
+    return row
 
 
 def _pixels(rgb: Image.Image) -> Pixels:

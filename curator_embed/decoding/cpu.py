@@ -166,22 +166,24 @@ def _intermediate(todo: Plan) -> int:
 
 
 def _resample(pixels: Pixels, todo: Plan, interpolation: str) -> Pixels:
-    # torch warns about read-only memory, which Pillow's is here; the kernel only reads.
-    memory = (ctypes.c_uint8 * pixels.size).from_address(pixels.ctypes.data)
-    image = torch.frombuffer(memory, dtype=torch.uint8).view(1, *pixels.shape).permute(0, 3, 1, 2)
     kernel, vertical, horizontal = _KERNELS[interpolation], todo.vertical, todo.horizontal
     rows, columns = _reach(vertical), _reach(horizontal)
     if vertical.unchanged:
-        image = image[:, :, :rows]
+        pixels = pixels[:rows]
     if horizontal.unchanged:
-        image = image[..., :columns]
+        pixels = np.ascontiguousarray(pixels[:, :columns])  # torch would do it on several threads
+    # torch warns about read-only memory, which Pillow's is here; the kernel only reads.
+    memory = (ctypes.c_uint8 * pixels.size).from_address(pixels.ctypes.data)
+    image = torch.frombuffer(memory, dtype=torch.uint8).view(1, *pixels.shape).permute(0, 3, 1, 2)
     upright, across = vertical.resized / vertical.source, horizontal.resized / horizontal.source
     second = horizontal if todo.vertical_first else vertical
     pillow_finishes = interpolation == "bilinear" and not second.unchanged and second.scale < _FEW_TAPS
     if todo.vertical_first:
         image = kernel(image, [rows, image.shape[3]], False, upright, None)[:, :, vertical.start : vertical.stop]
+        if not (pillow_finishes or horizontal.unchanged):
+            image = kernel(image, [vertical.length, columns], False, None, across)
         if not pillow_finishes:
-            image = kernel(image, [vertical.length, columns], False, None, across)[..., horizontal.start :]
+            image = image[..., horizontal.start :]
     elif pillow_finishes:
         image = kernel(image, [image.shape[2], columns], False, None, across)[..., horizontal.start : horizontal.stop]
     else:  # one call does both, horizontally first

@@ -88,7 +88,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     An RGB image is returned as it is, not copied.
 
     Raises:
-        ImageError: ``UNSUPPORTED`` where Pillow knows no conversion (LAB, for one).
+        ImageError: ``UNSUPPORTED`` where Pillow knows no conversion (premultiplied grey, for one).
     """
     if image.mode == "RGB":
         return image
@@ -103,16 +103,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray[Any, np.dtype[np.float64]], mode: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    values = np.nan_to_num(values, nan=0.0)
+    largest = float(np.finfo(np.float32).max)
+    values = np.nan_to_num(values, nan=0.0, posinf=largest, neginf=-largest)
     low, high = float(values.min()), float(values.max())
     if mode == "I" and low >= 0 and high <= 65535:
         values = values // 256
     elif mode == "F" and low >= 0 and high <= 1:
         values = np.rint(values * 255)
     elif not (mode == "F" and low >= 0 and high <= 255):
-        span = high - low
-        # Halved first: the range of the largest floats is not a float.
-        values = np.rint((values / 2 - low / 2) * (510 / span if np.isfinite(span) else 510 / 2 / (high / 2 - low / 2)))
+        values = np.rint((values - low) * (255 / (high - low or 1.0)))
     return np.clip(values, 0, 255).astype(np.uint8)
 
 
@@ -187,7 +186,7 @@ def _first_impression(data: bytes) -> str:
     return f"no image signature: starts with {data[:8].hex(' ')}"
 
 
-_NOT_SUPPORTED = re.compile(r"cannot handle|unsupported|not supported|unknown|not available|unrecognized", re.I)
+_NOT_SUPPORTED = re.compile(r"cannot handle|unsupported|not (supported|available)|unknown (pixel mode|data org)", re.I)
 _ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-f]+>|0x[0-9a-f]{6,}", re.I)
 
 

@@ -168,10 +168,10 @@ def timm_data_config(model_or_cfg: Any, image_size: int | tuple[int, int] | None
     if image_size is not None:
         args["input_size"] = (3, *_pair(image_size))
     if isinstance(model_or_cfg, str):
-        cfg = get_pretrained_cfg(model_or_cfg, allow_unregistered=False)
-        if cfg is None:
-            raise UsageError(f"timm knows no model named {model_or_cfg!r}")
-        model_or_cfg = cfg
+        try:
+            model_or_cfg = get_pretrained_cfg(model_or_cfg, allow_unregistered=False)
+        except RuntimeError as error:
+            raise UsageError(f"timm knows no model named {model_or_cfg!r}: {error}") from error
     if hasattr(model_or_cfg, "to_dict") and not hasattr(model_or_cfg, "forward"):
         model_or_cfg = model_or_cfg.to_dict()
     if isinstance(model_or_cfg, Mapping):
@@ -271,15 +271,17 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _is(step: Any, *names: str) -> bool:
-    """Whether ``step`` is torchvision's or timm's class of that name; subclasses may do something else."""
+    """Whether ``step`` is a known library's class of that name; subclasses may do something else."""
     kind = type(step)
-    return kind.__name__ in names and kind.__module__.partition(".")[0] in ("torchvision", "timm")
+    return kind.__name__ in names and kind.__module__.partition(".")[0] in ("torchvision", "timm", "open_clip")
 
 
 def _keeps_rgb(step: Any) -> bool:
     """Whether a step only converts to RGB, which has happened already: told by its name or code, and tried."""
     if _is(step, "RGB"):
         return True
+    if _is(step, "MaybeConvertMode"):
+        return bool(step.mode == "RGB")
     function = step.lambd if _is(step, "Lambda") and hasattr(step, "lambd") else step
     if not isinstance(function, types.FunctionType):
         return False

@@ -195,7 +195,11 @@ class Pipeline:
         self._on_images = on_images
         self._max_bytes, self._max_items = max_queued_bytes, max(64, 4 * threads, 4 * engine.chunk)
         self._max_ready = {p: max_ready_batches * m.batch_size for p, m in self.models.items()}
-        self._cond = threading.Condition()
+        # One lock, a condition for each kind of waiter: an image wakes only who can use it.
+        self._lock = threading.Lock()
+        self._to_decode = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
+        self._to_embed = threading.Condition(self._lock)
         self._items: deque[_Item] = deque()
         self._bytes = 0
         self._decoding = 0
@@ -221,43 +225,48 @@ class Pipeline:
     @contextmanager
     def feeding(self) -> Iterator[None]:
         """While any block is open, more images may come and a partial batch waits for them."""
-        with self._cond:
+        with self._lock:
             self._feeding += 1
         try:
             yield
         finally:
-            with self._cond:
+            with self._lock:
                 self._feeding -= 1
-                self._cond.notify_all()
+                self._to_decode.notify_all()
+                self._to_embed.notify_all()
 
     @contextmanager
     def shard(self, wanted: Sequence[int]) -> Iterator[OpenShard]:
         """Open a shard for the steps at these positions; what breaks the pipeline meanwhile breaks its ``wait``."""
         opened = OpenShard(self, tuple(wanted))
-        with self._cond:
+        with self._lock:
             if self._fault is not None:
                 raise self._fault
             self._open.add(opened)
         try:
             yield opened
         finally:
-            with self._cond:
+            with self._lock:
                 self._open.discard(opened)
-                # What an abandoned shard left in the queues must not be computed.
-                self._items = deque(item for item in self._items if item.shard is not opened)
-                self._bytes = sum(len(item.encoded) for item in self._items)
-                for queue in self._ready.values():
-                    for entry in [e for e in queue if e[0] is opened]:
-                        queue.remove(entry)
-                self._cond.notify_all()
+                if not opened.done():
+                    # What an abandoned shard left in the queues must not be computed.
+                    self._items = deque(item for item in self._items if item.shard is not opened)
+                    self._bytes = sum(len(item.encoded) for item in self._items)
+                    for position, queue in self._ready.items():
+                        self._ready[position] = deque(entry for entry in queue if entry[0] is not opened)
+                    self._wake_everybody()
 
     def close(self) -> None:
         """Stop the threads; anything still queued is dropped."""
-        with self._cond:
+        with self._lock:
             self._closed = True
-            self._cond.notify_all()
+            self._wake_everybody()
         for thread in self._threads:
             thread.join()
+
+    def _wake_everybody(self) -> None:
+        for condition in (self._to_decode, self._room, self._to_embed):
+            condition.notify_all()
 
     def _enqueue(self, item: _Item) -> None:
         def room() -> bool:
@@ -265,31 +274,37 @@ class Pipeline:
                 return True
             return self._bytes + len(item.encoded) <= self._max_bytes and len(self._items) < self._max_items
 
-        with self._cond:
+        with self._lock:
             if not room():
                 self._blocked += 1
-                self._cond.notify_all()
-                self._cond.wait_for(room)
+                self._to_decode.notify_all()
+                self._room.wait_for(room)
                 self._blocked -= 1
             if self._fault is not None:
                 raise self._fault
             self._items.append(item)
             self._bytes += len(item.encoded)
-            self._cond.notify_all()
+            if len(self._items) >= self.engine.chunk:
+                self._to_decode.notify()
+
+    def _half_empty(self) -> bool:
+        """Whether a reader that waits should go on: late enough that it wakes for many images, not for each."""
+        return len(self._items) <= self._max_items // 2 and self._bytes <= self._max_bytes // 2
 
     # -- decode threads --------------------------------------------------------------------
 
     def _decode_loop(self) -> None:
         chunk = self.engine.chunk
         while True:
-            with self._cond:
-                self._cond.wait_for(lambda: self._closed or (self._items and self._room_for(chunk) and self._whole()))
+            with self._lock:
+                self._to_decode.wait_for(lambda: self._closed or (self._items and self._drained() and self._whole()))
                 if self._closed:
                     return
                 taken = [self._items.popleft() for _ in range(min(chunk, len(self._items)))]
                 self._bytes -= sum(len(item.encoded) for item in taken)
                 self._decoding += len(taken)
-                self._cond.notify_all()
+                if self._blocked and self._half_empty():
+                    self._room.notify_all()
             start = time.perf_counter()
             results = self.engine.prepare([item.encoded for item in taken], [item.shard.wanted for item in taken])
             self.clock.add("decode", time.perf_counter() - start)
@@ -299,12 +314,13 @@ class Pipeline:
         """Whether to take what is there: a full chunk, or all there will be for now."""
         return len(self._items) >= self.engine.chunk or self._feeding == 0 or self._blocked > 0
 
-    def _room_for(self, count: int) -> bool:
-        return all(len(q) + self._decoding + count <= self._max_ready[p] + count for p, q in self._ready.items())
+    def _drained(self) -> bool:
+        """Whether the models can take more: none has its queue full, what is being decoded counted in."""
+        return all(len(queue) + self._decoding <= self._max_ready[p] for p, queue in self._ready.items())
 
     def _hand_on(self, taken: Sequence[_Item], results: Sequence[Prepared]) -> None:
         finished = 0
-        with self._cond:
+        with self._lock:
             for item, result in zip(taken, results, strict=True):
                 if result.error is not None:
                     item.shard.errors[item.ordinal] = result.error
@@ -318,7 +334,8 @@ class Pipeline:
                     item.shard._finish()
                     finished += 1
             self._decoding -= len(taken)
-            self._cond.notify_all()
+            if self.models and self._next_batch() is not None:
+                self._to_embed.notify()
         if finished and self._on_images is not None:
             self._on_images(finished)
 
@@ -327,8 +344,8 @@ class Pipeline:
     def _model_loop(self) -> None:
         while True:
             start = time.perf_counter()
-            with self._cond:
-                self._cond.wait_for(lambda: self._closed or self._next_batch() is not None)
+            with self._lock:
+                self._to_embed.wait_for(lambda: self._closed or self._next_batch() is not None)
                 if self._closed:
                     return
                 position = self._next_batch()
@@ -336,7 +353,7 @@ class Pipeline:
                 queue, model = self._ready[position], self.models[position]
                 batch = [queue.popleft() for _ in range(min(model.batch_size, len(queue)))]
                 busy_upstream = self._feeding > 0 or self._decoding > 0
-                self._cond.notify_all()
+                self._to_decode.notify_all()
             began = time.perf_counter()
             if busy_upstream or len(batch) == model.batch_size:
                 self.clock.add("idle", began - start)
@@ -366,8 +383,8 @@ class Pipeline:
         try:
             loop()
         except BaseException as fault:
-            with self._cond:
+            with self._lock:
                 self._fault = fault
                 for shard in self._open:
                     shard._fail(fault)
-                self._cond.notify_all()
+                self._wake_everybody()

@@ -85,9 +85,7 @@ def test_a_killed_worker_costs_only_time(zygote: Zygote, source: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments(
-    zygote: Zygote, source: Path, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_killed_at_random_moments(zygote: Zygote, source: Path, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
     chosen = random.Random(7)
     survived = 0
     for number in range(50):

@@ -65,7 +65,10 @@ def get_client(
 
 def _cpu_client(n_workers: int | None, threads_per_worker: int, cluster_kwargs: dict[str, Any]) -> Client:
     in_process = n_workers in (None, 1) and not cluster_kwargs.get("processes", False)
-    options: dict[str, Any] = {"processes": not in_process, "dashboard_address": None, "silence_logs": logging.ERROR}
+    options: dict[str, Any] = {"processes": not in_process, "silence_logs": logging.ERROR}
+    if "dashboard_address" not in cluster_kwargs:
+        # Without an address the scheduler would still serve HTTP, on port 8787 of every interface.
+        options |= {"dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "localhost:0"}}
     if in_process:
         # One process has nothing to protect itself from: its memory is the user's own.
         options["memory_limit"] = 0
@@ -110,10 +113,12 @@ def _connect(address: str | None, file: str | None) -> Client:
 def some_client() -> Iterator[Client]:
     """The default client where there is one, else one in-process worker for the length of the block."""
     try:
-        yield default_client()
-        return
+        found = default_client()
     except ValueError:
-        pass
+        found = None
+    if found is not None:
+        yield found
+        return
     with dask.config.set({"distributed.worker.daemon": False}):
         client = get_client()
     cluster = client.cluster

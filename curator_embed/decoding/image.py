@@ -33,3 +33,8 @@ class DecodedImage:
     def rgb(self) -> Image.Image:
         """The pixels as RGB: Pillow's ``convert("RGB")``, except that 16-bit images are scaled, not clipped."""
         return to_rgb(self.original)
+
+    @cached_property
+    def grey(self) -> Image.Image:
+        """``rgb`` in 8-bit grey (ITU-R 601, as Pillow's ``convert("L")``), made once for all hashes and properties."""
+        return self.rgb.convert("L")

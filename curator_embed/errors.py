@@ -22,6 +22,7 @@ class Reason(StrEnum):
     CORRUPT = "corrupt"  # a known format whose data does not decode
     TOO_LARGE = "too_large"  # more pixels (decoded or resized) than the limit
     READ_ERROR = "read_error"  # the bytes could not be read from disk or network
+    NOT_FOUND = "not_found"  # a list names the image, and there is no such file or object
     AMBIGUOUS_ID = "ambiguous_id"  # an id occurs n times in the table and m times among the samples
     EMBED_ERROR = "embed_error"  # a custom embedder returned nothing for this row
 

@@ -81,10 +81,10 @@ class ShardJob:
         table = shard.table_path()
         if table is not None:
             return table
-        source = shard.image_source()
-        if source is None:
-            raise UsageError(f"shard {shard.name} has neither images nor a table")
-        return f"{source.removesuffix('.tar')}.parquet"
+        own = shard.own_table()
+        if own is None:
+            raise UsageError(f"shard {shard.name} has no table to add columns to; give an output path")
+        return own
 
     def output_options(self, limit: int | None = None) -> dict[str, Any]:
         """How rows and columns were chosen, for the footer: it tells apart outputs of different runs."""

@@ -103,6 +103,11 @@ class Shard(ABC):
     def image_source(self) -> str | None:
         """The URL or path that holds the images, for messages; None when the images are missing."""
 
+    def own_table(self) -> str | None:
+        """Where this shard's parquet goes when it has none yet and no output path is given; None: nowhere."""
+        source = self.image_source()
+        return None if source is None else f"{source.removesuffix('.tar')}.parquet"
+
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """Identify the stored samples without reading them: size and mtime_ns or etag of the tar.

@@ -1,0 +1,326 @@
+"""Path lists: a text file with one image path a line, cut into shards by line numbers.
+
+The list is read once to learn where each shard's lines begin, and never held: a shard knows its byte
+range and a digest of it, whatever the length of the list.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from curator_embed.errors import Reason, SourceError, UsageError
+from curator_embed.sources import files
+from curator_embed.sources.files import ByteSource, open_source, redact
+from curator_embed.sources.objects import ReadPolicy, Unread, read_many
+from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
+from curator_embed.sources.sniff import sniff
+
+LINE_DIGITS = 9
+"""Digits of line numbers in file names: they must not depend on how long the list is, or is going to be."""
+
+SCAN_BYTES = 8 << 20
+
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class LineRange:
+    """Consecutive lines of a list.
+
+    Attributes:
+        start: number of the first line, counted from 0.
+        end: number of the line after the last.
+        offset: where the first line begins, in bytes.
+        stop: where the last one ends.
+        digest: of these bytes, 32 hexadecimal digits.
+    """
+
+    start: int
+    end: int
+    offset: int
+    stop: int
+    digest: str
+
+
+def index_lines(source: ByteSource, lines_per_range: int, start: int = 0, end: int | None = None) -> list[LineRange]:
+    """Cut a list into ranges of ``lines_per_range`` lines, reading it once and holding none of it.
+
+    A last line without a line end counts; what follows the last line end does not when it is empty.
+
+    Args:
+        start: the first line wanted, counted from 0.
+        end: the line after the last one wanted; None, or more than there are, for all of them. The
+            list is not read any further than that.
+
+    Returns:
+        The ranges in order; none when the list has no line ``start``.
+    """
+    ranges: list[LineRange] = []
+    cut = start  # the line whose beginning is looked for
+    begin: tuple[int, int] | None = (0, 0) if start == 0 else None  # line and offset of the range that is open
+    digest = hashlib.blake2b(digest_size=16)
+    if begin is not None:
+        cut = _next_cut(0, lines_per_range, end)
+    ended = at = 0  # lines that have ended before offset ``at``
+    last = b""
+
+    def close(line: int, offset: int) -> None:
+        assert begin is not None
+        ranges.append(LineRange(begin[0], line, begin[1], offset, digest.hexdigest()))
+
+    while at < source.size:
+        chunk = source.pread(at, SCAN_BYTES)
+        newlines = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 0x0A)
+        taken = 0
+        while cut - ended <= len(newlines):
+            upto = int(newlines[cut - ended - 1]) + 1
+            if begin is not None:
+                digest.update(memoryview(chunk)[taken:upto])
+                close(cut, at + upto)
+                digest = hashlib.blake2b(digest_size=16)
+            if cut == end or at + upto == source.size:
+                return ranges
+            begin, taken = (cut, at + upto), upto
+            cut = _next_cut(cut, lines_per_range, end)
+        if begin is not None:
+            digest.update(memoryview(chunk)[taken:])
+        ended += len(newlines)
+        at += len(chunk)
+        last = chunk[-1:]
+    if begin is not None and source.size:
+        close(ended + (last != b"\n"), source.size)
+    return ranges
+
+
+def _next_cut(line: int, lines_per_range: int, end: int | None) -> int:
+    return line + lines_per_range if end is None else min(line + lines_per_range, end)
+
+
+@dataclass(frozen=True)
+class PathList:
+    """A list and how its lines become paths. Shared by all shards of the list.
+
+    Attributes:
+        path: the list, a local path or any fsspec URL.
+        dataset: the first component of every line, which is no part of the real path, and the beginning of
+            the shards' names.
+        root: what real paths are below: a folder, or a bucket with or without a prefix; None when lines are
+            whole paths or URLs, or begin at the list's own folder.
+        storage_options: for fsspec.
+        policy: how images are read.
+    """
+
+    path: str
+    dataset: str
+    root: str | None = None
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)  # they may hold secrets
+    policy: ReadPolicy = field(default_factory=ReadPolicy)
+
+    def real_path(self, line: bytes) -> str:
+        """Where the image of a line lies: a local path, or a URL where ``root`` or the line is one."""
+        text = line.decode("utf-8", "surrogateescape").removeprefix(f"{self.dataset}/")
+        if self.root is None:
+            relative_to_list = not files.is_remote(text) and not text.startswith(("/", "~", "file://"))
+            return files.join(os.path.dirname(self.path), text) if relative_to_list else text
+        relative = text.lstrip("/")
+        if self.root.startswith(("http://", "https://")):
+            relative = quote(relative, safe="/", errors="surrogateescape")
+        return files.join(self.root, relative)
+
+
+class PathListShard(Shard):
+    """Some lines of a path list; ``Sample.key`` is the line as it stands there. Picklable and small.
+
+    A line that is not UTF-8 keeps its bytes to find the file; as a key, those that are none read ``\\xff``.
+    An empty line is a row without an image.
+    """
+
+    def __init__(self, listed: PathList, lines: LineRange, table: str | None = None) -> None:
+        self.listed, self.lines, self.table = listed, lines, table
+        self._notes: list[Note] = []
+
+    def __repr__(self) -> str:
+        return f"PathListShard({self.name!r}, {redact(self.listed.path)!r})"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``{dataset}_{start}-{end}``, line numbers zero-padded."""
+        return range_name(self.listed.dataset, self.lines.start, self.lines.end)
+
+    def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
+        """Yield a sample a line, in order, reading many images at a time.
+
+        Raises:
+            SourceError: the list has changed since it was opened, or not one of the images can be read for
+                reasons that are not their own (the bucket, the network, the permissions).
+        """
+        self._notes = []
+        lines = self._lines()
+        root = self.listed.root
+        if root is not None and not files.is_remote(root) and not os.path.isdir(files.local_path(root)):
+            raise SourceError(root, "no such folder", "Say with root= where the images of the list lie")
+        reads = read_many(
+            map(self.listed.real_path, filter(None, lines)), self.listed.storage_options, self.listed.policy
+        )
+        failures: list[Unread] = []
+        good = 0
+        for line in lines:
+            key = as_text(line)
+            if not line:
+                yield Sample(key, None)
+                continue
+            answer = next(reads)
+            if isinstance(answer, Unread):
+                failures.append(answer)
+                yield Sample(key, None, answer.reason, answer.detail)
+            else:
+                good += 1
+                yield Sample(key, answer)
+        self._judge(good, failures, lines)
+
+    def keys(self, *, id_col: str) -> list[str]:
+        """The lines, in order; no image is read."""
+        return [as_text(line) for line in self._lines()]
+
+    def stored_samples(self, ordinals: Collection[int]) -> Iterator[StoredSample]:
+        """The files of some lines, byte for byte; a line whose file is not there has no members.
+
+        Raises:
+            SourceError: a file is there and cannot be read.
+        """
+        wanted = [(n, line) for n, line in enumerate(self._lines()) if n in ordinals]
+        paths = [self.listed.real_path(line) for _, line in wanted if line]
+        reads = read_many(paths, self.listed.storage_options, self.listed.policy)
+        for ordinal, line in wanted:
+            answer = next(reads) if line else Unread(Reason.NO_IMAGE, "")
+            if isinstance(answer, bytes):
+                yield StoredSample(ordinal, ((extension(as_text(line), answer), answer),))
+            elif answer.reason in (Reason.NOT_FOUND, Reason.NO_IMAGE):
+                yield StoredSample(ordinal, ())
+            else:
+                path = redact(self.listed.real_path(line))
+                raise SourceError(path, f"cannot be read ({answer.detail})", "Restore it, or leave its row out")
+
+    def table_path(self) -> str | None:
+        """Where the metadata parquet of these lines lies, or None when there is none yet."""
+        return self.table
+
+    def with_table(self, path: str) -> PathListShard:
+        """The same lines with another metadata parquet."""
+        other = copy.copy(self)
+        other.table, other._notes = path, []
+        return other
+
+    def image_source(self) -> str:
+        """The list, with the lines."""
+        return f"{redact(self.listed.path)}, lines {self.lines.start}-{self.lines.end}"
+
+    def own_table(self) -> str:
+        """Beside the list, in a folder named after it."""
+        return f"{os.path.splitext(self.listed.path)[0]}_metadata/{self.name}.parquet"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """A digest of the lines. Not of the images: looking at each would cost as much as reading them."""
+        return {"lines": self.lines.digest}
+
+    def row_estimate(self) -> int:
+        """The number of lines."""
+        return self.lines.end - self.lines.start
+
+    def notes(self) -> list[Note]:
+        """What the last pass over ``samples`` noticed."""
+        return list(self._notes)
+
+    def _lines(self) -> list[bytes]:
+        lines = self.lines
+        with open_source(self.listed.path, self.listed.storage_options, block_bytes=1 << 20) as source:
+            data = source.pread(lines.offset, lines.stop - lines.offset)
+        if hashlib.blake2b(data, digest_size=16).hexdigest() != lines.digest:
+            raise SourceError(
+                redact(self.listed.path),
+                f"has changed since it was opened (lines {lines.start} to {lines.end})",
+                "Open it again; shards whose lines are the same will be skipped",
+            )
+        found = data.removesuffix(b"\n").split(b"\n")
+        if lines.offset == 0:
+            found[0] = found[0].removeprefix(_BOM)
+        return [line.removesuffix(b"\r") for line in found]
+
+    def _judge(self, good: int, failures: list[Unread], lines: list[bytes]) -> None:
+        """Tell what went wrong; refuse to call a shard done when the whole store was out of reach."""
+        unreachable = [f for f in failures if f.reason == Reason.READ_ERROR]
+        if unreachable and not good and len(unreachable) == len(failures):
+            raise SourceError(
+                redact(self.listed.root or self.listed.path),
+                f"not one of the {len(failures)} images of lines {self.lines.start} to {self.lines.end} can be read "
+                f"({unreachable[0].detail})",
+                "Check root=, the permissions and the connection, and run again: finished files are kept",
+            )
+        if failures and not good:
+            first = redact(self.listed.real_path(next(filter(None, lines))))
+            self._note(f"not one image is there; the first was looked for at {first}. Check root= and dataset=")
+        elif unreachable:
+            self._note(f"{len(unreachable)} images cannot be read ({unreachable[0].detail})")
+
+    def _note(self, message: str) -> None:
+        self._notes.append(Note(self.name, redact(self.listed.path), message))
+
+
+def range_name(dataset: str, start: int, end: int) -> str:
+    """``{dataset}_{start}-{end}``, with zeros so that names sort as lines do."""
+    return f"{dataset}_{start:0{LINE_DIGITS}d}-{end:0{LINE_DIGITS}d}"
+
+
+def as_text(line: bytes) -> str:
+    """A line as a string column can hold it."""
+    return line.decode("utf-8", "backslashreplace")
+
+
+def extension(name: str, data: bytes) -> str:
+    """The extension of a file name without its dot, or one for what the bytes are when it has none."""
+    suffix = os.path.splitext(name)[1][1:].lower()
+    return suffix or sniff(data) or "bin"
+
+
+def find_lines(
+    path: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    dataset: str | None = None,
+    start_line: int = 0,
+    end_line: int | None = None,
+    images_per_file: int = 1024,
+    storage_options: files.StorageOptions = None,
+    policy: ReadPolicy | None = None,
+) -> list[PathListShard]:
+    """Open a path list; see ``ImageTextPairDataset.from_path_list``."""
+    listing = os.fspath(path)
+    if start_line < 0 or (end_line is not None and end_line <= start_line):
+        raise UsageError(f"start_line={start_line}, end_line={end_line}: no lines lie between them (counted from 0)")
+    if images_per_file < 1:
+        raise UsageError(f"images_per_file={images_per_file}: at least 1")
+    if dataset is None:
+        dataset = os.path.splitext(os.path.basename(listing.rstrip("/")))[0]
+    if not dataset or "/" in dataset:
+        raise UsageError(f"dataset={dataset!r} begins file names and lines: give a name without '/'")
+    if not files.is_remote(listing):
+        listing = os.path.abspath(files.local_path(listing))  # workers may run in other folders
+    if root is not None and not files.is_remote(os.fspath(root)):
+        root = os.path.abspath(files.local_path(os.fspath(root)))
+    listed = PathList(
+        listing, dataset, None if root is None else os.fspath(root), dict(storage_options or {}), policy or ReadPolicy()
+    )
+    with open_source(listing, storage_options) as source:
+        ranges = index_lines(source, images_per_file, start_line, end_line)
+    if not ranges:
+        problem = "the list is empty" if start_line == 0 else f"the list has no line {start_line} (counted from 0)"
+        raise UsageError(f"{redact(listing)}: {problem}")
+    return [PathListShard(listed, lines) for lines in ranges]

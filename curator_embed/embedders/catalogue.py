@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from curator_embed.errors import CuratorEmbedError, UsageError
 
 MEASURED_ARCHITECTURES = 24
 """``list_models`` builds at most this many on the meta device (0.1 s each) to learn their dimension."""
+
+SIZES_TRIED = 8
+"""How many sizes an error message looks at on either side of one that does not fit."""
 
 _seeding = threading.Lock()
 
@@ -134,11 +136,18 @@ class Blueprint:
 
     @cached_property
     def dim(self) -> int:
-        """Length of an embedding."""
+        """Length of an embedding.
+
+        Raises:
+            UsageError: the model gives something else than one vector an image.
+        """
         try:
-            return int(self._shape_on(self.meta)[-1])
+            shape = self._shape_on(self.meta)
         except Exception:  # some models compute sizes from values, which the meta device does not have
-            return int(self._shape_on(self.build())[-1])
+            shape = self._shape_on(self.build())
+        if len(shape) != 2:
+            raise UsageError(f"{self.name} gives {tuple(shape[1:])} values an image, not one vector; choose another")
+        return int(shape[1])
 
     def build(self, *, pretrained: bool = False, weights: str | Path | None = None) -> torch.nn.Module:
         """Build the model on the CPU, in eval mode.
@@ -215,21 +224,16 @@ class Blueprint:
         return True
 
     def _sizes_near(self, wanted: int) -> Iterator[int]:
-        """Up to one size that fits on either side of ``wanted``; the configured one where there is none."""
+        """The nearest size that fits on either side of ``wanted``, as far as a short search finds one."""
         step = self.patch_size or 32
-        found = False
-        for direction in (-1, 1):
-            start = wanted // step if direction < 0 else -(-wanted // step)
-            for tries in count():
-                size = (start + direction * tries) * step
-                if tries == 8 or size < 1:
-                    break
-                if size == self.native_size or Blueprint(self.name, self.timm_name, size)._fits():
+        for direction, start in ((-1, wanted // step), (1, -(-wanted // step))):
+            for size in ((start + direction * tries) * step for tries in range(SIZES_TRIED)):
+                if size > 0 and (size == self.native_size or Blueprint(self.name, self.timm_name, size)._fits()):
                     yield size
-                    found = True
                     break
-        if not found:
-            yield self.native_size
+            else:
+                if (self.native_size - wanted) * direction > 0:
+                    yield self.native_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +271,7 @@ def list_models(pattern: str = "*") -> list[ModelRow]:
     blueprints = [Blueprint(name, TOWERS.get(name, name)) for name in names]
     architectures = {(b.timm_name.partition(".")[0], b.projects) for b in blueprints}
     look_up = len(architectures) <= MEASURED_ARCHITECTURES
-    known: dict[tuple[str, bool, int], tuple[int, int | None]] = {}
+    known: dict[tuple[str, bool, int], tuple[int | None, int | None]] = {}
     rows = []
     for blueprint in blueprints:
         dim = blueprint.config.num_classes if blueprint.projects else None
@@ -282,7 +286,9 @@ def list_models(pattern: str = "*") -> list[ModelRow]:
         if look_up:
             key = blueprint.timm_name.partition(".")[0], blueprint.projects, blueprint.config.num_classes
             if key not in known:
-                known[key] = blueprint.dim, blueprint.patch_size
+                with suppress(UsageError):  # no single vector: no dimension to tell
+                    dim = blueprint.dim
+                known[key] = dim, blueprint.patch_size
             dim, patch = known[key]
         rows.append(ModelRow(blueprint.name, "x".join(map(str, spec.output)), dim, patch, understood=True))
     return rows
@@ -306,8 +312,8 @@ def _timm_name(name: str) -> str:
         with suppress(RuntimeError):  # what timm raises for a tag it does not know
             if not tag or get_pretrained_cfg(name, allow_unregistered=False) is not None:
                 return name
-    lowered = {known.lower(): known for known in (*TOWERS, *timm.list_models(pretrained=True), *timm.list_models())}
+    known = tagged or [*TOWERS, *timm.list_models(pretrained=True), *timm.list_models()]
+    lowered = {candidate.lower(): candidate for candidate in known}
     near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.5)]
-    suggestions = tagged[:6] or near
-    hint = f" Did you mean: {', '.join(suggestions)}?" if suggestions else ""
+    hint = f" Did you mean: {', '.join(near or tagged[:4])}?" if near or tagged else ""
     raise UsageError(f"there is no model named '{name}' in timm or among OpenAI's CLIP models.{hint}")

@@ -96,19 +96,29 @@ def test_any_geometry_is_within_the_promise(
         assert difference.max() <= ALLOWED[interpolation]
 
 
-def test_normalising_is_bit_equal_to_torchvision(photo: Image.Image) -> None:
+def test_normalising_is_torchvisions_but_for_the_last_bit(photo: Image.Image) -> None:
     spec = spec_from_timm("vit_base_patch32_clip_224.openai")
     exact = PreprocessSpec("none", spec.crop, spec.crop, "bicubic", spec.mean, spec.std)
-    images = [prepare(photo.resize(size), exact) for size in ((224, 224), (300, 260), (224, 500))]
-    expected = torch.stack([transform_of(exact)(photo.resize(s)) for s in ((224, 224), (300, 260), (224, 500))])
-    assert torch.equal(normalise(images, exact), expected)
+    sizes = ((224, 224), (300, 260), (224, 500))
+    images = [prepare(photo.resize(size), exact) for size in sizes]
+    images.append(prepare(photo, spec))  # a view into a larger buffer
+    expected = torch.stack([transform_of(exact)(photo.resize(size)) for size in sizes])
+
+    def check(result: torch.Tensor) -> None:
+        assert result.dtype == torch.float32 and result.shape == (4, 3, 224, 224)
+        assert torch.allclose(result[:3], expected, rtol=0, atol=1e-6)
+        levels = (result[3] * torch.tensor(spec.std).view(3, 1, 1) + torch.tensor(spec.mean).view(3, 1, 1)) * 255
+        assert torch.equal(levels.round().byte(), images[3])
+
+    check(normalise(images, exact))
     last = normalise(images, exact, channels_last=True)
-    assert torch.equal(last, expected) and last.is_contiguous(memory_format=torch.channels_last)
+    check(last)
+    assert last.is_contiguous(memory_format=torch.channels_last)
     for layout in (torch.contiguous_format, torch.channels_last):
-        out = torch.full((5, 3, 224, 224), 7.0).contiguous(memory_format=layout)
+        out = torch.full((6, 3, 224, 224), 7.0).contiguous(memory_format=layout)
         result = normalise(images, exact, out=out)
-        assert torch.equal(result, expected) and result.data_ptr() == out.data_ptr()
-        assert (out[3:] == 7).all()
+        check(result)
+        assert result.data_ptr() == out.data_ptr() and (out[4:] == 7).all()
 
 
 def test_the_result_owns_its_memory_and_the_image_is_untouched(photo: Image.Image) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from curator_embed.datasets.export import ExportReport
     from curator_embed.execution.report import RunReport
     from curator_embed.execution.run import RunPlan
+    from curator_embed.sources.objects import ReadPolicy
 
 
 class ImageTextPairDataset:
@@ -80,6 +82,63 @@ class ImageTextPairDataset:
         if metadata_path is not None:
             shards = [shard.with_table(f"{metadata_path.rstrip('/')}/{shard.name}.parquet") for shard in shards]
         return cls(shards, id_col, storage_options=storage_options)
+
+    @classmethod
+    def from_path_list(
+        cls,
+        path_file: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None = None,
+        dataset: str | None = None,
+        start_line: int = 0,
+        end_line: int | None = None,
+        images_per_file: int = 1024,
+        *,
+        id_col: str = "path",
+        metadata_path: str | None = None,
+        reading: ReadPolicy | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> ImageTextPairDataset:
+        """Open a text file with one image path a line; every ``images_per_file`` lines are a shard.
+
+        Shards are named ``{dataset}_{start}-{end}`` by line numbers, so that line ranges of one list can be
+        worked on by several machines into one folder. The list may be of any length: it is read once, and
+        not held. An image that is not there is a row with ``image_error`` "not_found", an empty line one with
+        "no_image".
+
+        Args:
+            path_file: the list, a local path or any fsspec URL. UTF-8; either kind of line ends.
+            root: what the paths are below: a folder, or a bucket with or without a prefix (``s3://bucket``).
+                None: the lines are whole paths or URLs, or begin at the list's folder.
+            dataset: the name that output files begin with, by default the list's own without its ending. Where
+                lines begin with ``{dataset}/``, that is no part of the path below ``root``.
+            start_line: the first line wanted, counted from 0.
+            end_line: the line after the last one wanted; None for all.
+            images_per_file: lines a shard.
+            id_col: the column that holds the lines as they are.
+            metadata_path: where parquet files of an earlier run lie, to add columns to them. By default
+                the folder ``{path_file without its ending}_metadata``, where ``save_metadata()`` puts them.
+            reading: how many images are read at a time, timeouts and retries.
+            storage_options: handed on to fsspec.
+
+        Raises:
+            UsageError: no such lines, or arguments that contradict each other.
+            SourceError: the list cannot be read.
+        """
+        from curator_embed.sources.path_list import find_lines
+        from curator_embed.sources.tables import with_found_tables
+
+        shards = find_lines(
+            path_file,
+            root=root,
+            dataset=dataset,
+            start_line=start_line,
+            end_line=end_line,
+            images_per_file=images_per_file,
+            storage_options=storage_options,
+            policy=reading,
+        )
+        tabled = with_found_tables(shards, metadata_path, storage_options)
+        return cls(tabled, id_col, storage_options=storage_options)
 
     # -- what it is ------------------------------------------------------------------------
 
@@ -232,13 +291,14 @@ class ImageTextPairDataset:
         """Write the samples whose ``filter_column`` is true as new shards, their encoded bytes untouched.
 
         Args:
-            path: an empty or new folder (any fsspec URL).
+            path: an empty or new folder (any fsspec URL), or one that holds the beginning of this very export.
             filter_column: a boolean column of the metadata; null counts as false.
             samples_per_shard: samples in each new tar.
             max_shards: digits of the new shards' names: 5 gives 00000.tar.
-            old_id_col: keep the previous ids in a column of this name. New ids are the shard's digits
-                followed by the sample's, as img2dataset numbers them.
-            overwrite: write into a folder that already holds shards.
+            old_id_col: keep the previous ids in a column of this name. New ids are the tars' keys, in the column
+                "key": the shard's digits followed by the sample's, as img2dataset numbers them. Ids that come from
+                json members stay there and in their column as well.
+            overwrite: replace another export in this folder. Shards that no export has written are never touched.
             progress: show a progress bar.
         """
         from curator_embed.datasets.export import export

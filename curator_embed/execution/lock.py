@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -31,8 +32,14 @@ class OutputLocked(CuratorEmbedError):
 class OutputLock:
     """Hold ``folder``'s lock for the length of a ``with`` block, renewing it in the background."""
 
-    def __init__(self, folder: Location) -> None:
-        self.file = Location(folder.fs, f"{folder.path.rstrip('/')}/_curator_embed/lock.json")
+    def __init__(self, folder: Location, part: str = "") -> None:
+        """
+        Args:
+            part: ``Shard.part`` of what is written: runs whose parts do not overlap hold one folder together.
+        """
+        name = f"lock-{part}.json" if part else "lock.json"
+        self.file = Location(folder.fs, f"{folder.path.rstrip('/')}/_curator_embed/{name}")
+        self.part = part
         self.token = secrets.token_hex(8)
         self.lost = threading.Event()
         self._stop = threading.Event()
@@ -41,16 +48,13 @@ class OutputLock:
     def __enter__(self) -> OutputLock:
         for _ in range(3):
             if self._create():
+                self._refuse_overlap()
                 self._thread = threading.Thread(target=self._renew, name="output-lock", daemon=True)
                 self._thread.start()
                 return self
             owner = self._read()
             if owner is not None and _alive(owner):
-                raise OutputLocked(
-                    f"{self.file.parent}: another run holds this output: process {owner.get('pid')} on "
-                    f"{owner.get('host')}, started {owner.get('started')}. Wait for it, or stop it and run again "
-                    f"(a lock left behind on another machine expires {LIFETIME_S:.0f} s after its last sign of life)."
-                )
+                raise _locked(self.file.parent, owner)
             self._remove(owner)
         raise OutputLocked(f"{self.file.path}: could not be taken; another run is starting on the same output.")
 
@@ -58,6 +62,20 @@ class OutputLock:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+        self._give_back()
+
+    def _refuse_overlap(self) -> None:
+        """After taking the own lock: of two runs that begin at once, at least one sees the other."""
+        for path in self.file.fs.ls(self.file.parent, detail=False, refresh=True):
+            name = path.rpartition("/")[2]
+            if not (name.startswith("lock") and name.endswith(".json")) or name == self.file.path.rpartition("/")[2]:
+                continue
+            other = self._read(path)
+            if other is not None and _alive(other) and parts_overlap(self.part, name[5:-5]):
+                self._give_back()
+                raise _locked(self.file.parent, other)
+
+    def _give_back(self) -> None:
         owner = self._read()
         if owner is not None and owner.get("token") == self.token:
             with suppress(OSError):
@@ -102,11 +120,11 @@ class OutputLock:
         owner = self._read()
         return owner is not None and owner.get("token") == self.token
 
-    def _read(self) -> dict[str, Any] | None:
+    def _read(self, path: str | None = None) -> dict[str, Any] | None:
         try:
             if not self.file.is_local:
                 self.file.fs.invalidate_cache()
-            value = json.loads(self.file.fs.cat_file(self.file.path))
+            value = json.loads(self.file.fs.cat_file(path or self.file.path))
             return value if isinstance(value, dict) else {}
         except FileNotFoundError:
             return None
@@ -137,6 +155,25 @@ class OutputLock:
                     self.file.fs.pipe_file(self.file.path, json.dumps(renewed).encode())
 
 
+def _locked(folder: str, owner: dict[str, Any]) -> OutputLocked:
+    return OutputLocked(
+        f"{folder}: another run holds this output: process {owner.get('pid')} on "
+        f"{owner.get('host')}, started {owner.get('started')}. Wait for it, or stop it and run again "
+        f"(a lock left behind on another machine expires {LIFETIME_S:.0f} s after its last sign of life)."
+    )
+
+
+_PART = re.compile(r"(.*)_(\d+)-(\d+)")
+
+
+def parts_overlap(one: str, other: str) -> bool:
+    """Whether two parts (``Shard.part``) may write the same files; "" is everything."""
+    a, b = _PART.fullmatch(one), _PART.fullmatch(other)
+    if a is None or b is None:
+        return True
+    return a[1] == b[1] and int(a[2]) < int(b[3]) and int(b[2]) < int(a[3])
+
+
 def _alive(owner: dict[str, Any]) -> bool:
     """Whether the run that wrote this lock may still be working."""
     if owner.get("expires", 0.0) < time.time():
@@ -147,6 +184,6 @@ def _alive(owner: dict[str, Any]) -> bool:
         process = psutil.Process(int(owner["pid"]))
         # A recycled process number belongs to a younger process.
         same = abs(process.create_time() - float(owner["process_started"])) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except (psutil.Error, KeyError, ValueError):
         return False

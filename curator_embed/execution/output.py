@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
@@ -154,14 +154,21 @@ def _explained(error: BaseException, target: Location) -> SourceError | None:
     return None
 
 
-def clear_temporaries(folder: Location) -> int:
-    """Remove what killed runs left behind in a local output folder; returns how many files."""
+def clear_temporaries(folder: Location, stems: Collection[str] | None = None) -> int:
+    """Remove what killed runs left behind in a local output folder; returns how many files.
+
+    Args:
+        stems: of these outputs only, where other runs are writing others; None for all.
+    """
     if not folder.is_local or not os.path.isdir(folder.path):
         return 0
     removed = 0
     for entry in os.scandir(folder.path):
-        stem, marker, owner = entry.name.rpartition(".parquet.tmp-")
-        if stem and marker and entry.is_file(follow_symlinks=False):
+        name, marker, owner = entry.name.rpartition(".tmp-")
+        stem, kind = os.path.splitext(name)
+        if not marker or kind not in (".parquet", ".tar") or (stems is not None and stem not in stems):
+            continue
+        if entry.is_file(follow_symlinks=False):
             pid = owner.partition("-")[0]
             if pid.isdigit() and int(pid) != os.getpid():
                 os.unlink(entry.path)

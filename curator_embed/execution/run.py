@@ -33,6 +33,7 @@ from curator_embed.execution.provenance import recorded_settings
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import ShardJob, ShardReport, Survey, survey
 from curator_embed.execution.worker import close_run, progress_topic, run_task
+from curator_embed.sources.files import fingerprint
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Step
 
@@ -154,9 +155,9 @@ def _bytes_to_write(plan: RunPlan) -> int:
     total = plan.rows * per_row
     for position in plan.todo:
         table = plan.shards[position].table_path()
-        if table is not None and (plan.job.output is not None or True):
-            token = Location.of(table, plan.job.storage_options).token()
-            total += token[1 if len(token) == 3 else 0] or 0 if token else 0
+        if table is not None:
+            # The whole file is written anew, in place too: for a moment both versions exist.
+            total += int(fingerprint(table, plan.job.storage_options).get("size") or 0)
     return total
 
 
@@ -219,18 +220,20 @@ def execute(
         RunStopped: some shards could not be used, or the run was asked to stop; the rest is finished.
     """
     folder = _output_folder(job, shards)
-    _check_writable(folder)
-    with OutputLock(folder), some_client() as client:
+    check_writable(folder)
+    part = shards[0].part
+    own = {shard.name for shard in shards} if part else None
+    with OutputLock(folder, part), some_client() as client:
         job = place(client, job)
         plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit)
         check_plan(plan)
-        clear_temporaries(folder)
+        clear_temporaries(folder, own)
         report = RunReport(settings=plan.settings)
         started = time.perf_counter()
         with _stop_requests() as stop:
             _Driver(client, plan, report, limit, stop).run(progress)
         report.wall_seconds = time.perf_counter() - started
-        clear_temporaries(folder)  # of workers that died meanwhile
+        clear_temporaries(folder, own)  # of workers that died meanwhile
         _keep(report, folder)
     _raise_for(report)
     return report, plan
@@ -243,7 +246,12 @@ def _output_folder(job: ShardJob, shards: Sequence[Shard]) -> Location:
     return Location(target.fs, target.parent)
 
 
-def _check_writable(folder: Location) -> None:
+def check_writable(folder: Location) -> None:
+    """Make a local folder and see that files can be made in it.
+
+    Raises:
+        UsageError: they cannot.
+    """
     if not folder.is_local:
         return
     try:
@@ -331,6 +339,7 @@ class _Driver:
     ) -> None:
         self.client, self.plan, self.report, self.limit, self.stop = client, plan, report, limit, stop
         self.run_id = secrets.token_hex(8)
+        self.positions_of: dict[str, tuple[int, ...]] = {}
 
     def run(self, show: bool) -> None:
         """Work off the plan's open shards."""
@@ -358,10 +367,10 @@ class _Driver:
                 self.client.unsubscribe_topic(topic)
                 self.client.run(close_run, self.run_id, on_error="ignore")
 
-    def _submit(self, positions: Sequence[int], limit: int | None = None) -> Future:
+    def _submit(self, positions: Sequence[int], limit: int | None = None) -> Future[list[ShardReport]]:
         shards = [self.plan.shards[p] for p in positions]
         future = self.client.submit(run_task, shards, self.plan.job, self.run_id, limit, pure=False)
-        future.curator_embed_positions = tuple(positions)
+        self.positions_of[future.key] = tuple(positions)
         return future
 
     def _hand_out(self, groups: list[list[int]], under_way: int) -> None:
@@ -392,9 +401,9 @@ class _Driver:
         raising = self.plan.job.on_error == "raise" and bool(self.report.faults)
         return self.stop.is_set() or raising
 
-    def _take(self, future: Future) -> list[list[int]]:
+    def _take(self, future: Future[list[ShardReport]]) -> list[list[int]]:
         """Count a finished task; returns groups to be tried again."""
-        positions = future.curator_embed_positions
+        positions = self.positions_of.pop(future.key)
         try:
             reports = future.result()
         except Exception as error:

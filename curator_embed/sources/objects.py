@@ -57,7 +57,7 @@ class ReadPolicy:
             raise UsageError(f"retries={self.retries}: 0 or more")
 
     def pause(self, attempt: int) -> float:
-        """Seconds to wait after the ``attempt``-th failure (from 0): full jitter, so that clients do not march in step."""
+        """Seconds to wait after the ``attempt``-th failure (from 0); random, so that clients do not march in step."""
         longest = min(self.backoff_max, self.backoff * 2.0**attempt)
         return longest * (0.5 + random.random() / 2)
 

@@ -116,6 +116,7 @@ class PathList:
             whole paths or URLs, or begin at the list's own folder.
         storage_options: for fsspec.
         policy: how images are read.
+        part: the lines that were asked for, as ``Shard.part`` has it.
     """
 
     path: str
@@ -123,6 +124,7 @@ class PathList:
     root: str | None = None
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)  # they may hold secrets
     policy: ReadPolicy = field(default_factory=ReadPolicy)
+    part: str = ""
 
     def real_path(self, line: bytes) -> str:
         """Where the image of a line lies: a local path, or a URL where ``root`` or the line is one."""
@@ -154,6 +156,11 @@ class PathListShard(Shard):
     def name(self) -> str:  # type: ignore[override]
         """``{dataset}_{start}-{end}``, line numbers zero-padded."""
         return range_name(self.listed.dataset, self.lines.start, self.lines.end)
+
+    @property
+    def part(self) -> str:  # type: ignore[override]
+        """The lines that were asked for when the list was opened."""
+        return self.listed.part
 
     def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
         """Yield a sample a line, in order, reading many images at a time.
@@ -315,12 +322,17 @@ def find_lines(
         listing = os.path.abspath(files.local_path(listing))  # workers may run in other folders
     if root is not None and not files.is_remote(os.fspath(root)):
         root = os.path.abspath(files.local_path(os.fspath(root)))
-    listed = PathList(
-        listing, dataset, None if root is None else os.fspath(root), dict(storage_options or {}), policy or ReadPolicy()
-    )
     with open_source(listing, storage_options) as source:
         ranges = index_lines(source, images_per_file, start_line, end_line)
     if not ranges:
         problem = "the list is empty" if start_line == 0 else f"the list has no line {start_line} (counted from 0)"
         raise UsageError(f"{redact(listing)}: {problem}")
+    listed = PathList(
+        listing,
+        dataset,
+        None if root is None else os.fspath(root),
+        dict(storage_options or {}),
+        policy or ReadPolicy(),
+        range_name(dataset, ranges[0].start, ranges[-1].end),
+    )
     return [PathListShard(listed, lines) for lines in ranges]

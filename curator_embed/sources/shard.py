@@ -66,6 +66,10 @@ class Shard(ABC):
     name: str
     """Unique within the dataset; the stem of the output file."""
 
+    part: str = ""
+    """``{name}_{start}-{end}``: the share of a larger dataset that was opened, where runs may write several
+    shares into one folder side by side; the same for all its shards. Empty: a run has its folder to itself."""
+
     @abstractmethod
     def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
         """Yield every sample, bad ones too.

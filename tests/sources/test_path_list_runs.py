@@ -1,0 +1,145 @@
+"""Path lists from end to end: runs, resuming, columns added later, export, and processes side by side."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client
+
+from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.errors import SourceError
+from curator_embed.execution.lock import OutputLock, OutputLocked, parts_overlap
+from curator_embed.execution.output import Location
+from tests.shards import crops
+from tests.stub import ColourEmbedder
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        yield client
+
+
+@pytest.fixture
+def listing(tmp_path: Path, wheel_photos: list[Path]) -> Path:
+    """23 lines: 20 crops of photographs in folders, one that is no image, an absent one, an empty line."""
+    lines = []
+    for number, image in enumerate(crops(wheel_photos[0], 20)):
+        path = tmp_path / "images" / f"{number % 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+        lines.append(f"laion/{number % 3}/{number}.jpg")
+    (tmp_path / "images" / "bad.jpg").write_bytes(b"<html>")
+    lines[5:5] = ["laion/bad.jpg", "laion/gone.jpg", ""]
+    (tmp_path / "list.txt").write_text("\n".join(lines) + "\n")
+    return tmp_path / "list.txt"
+
+
+def opened(listing: Path, **options: object) -> ImageTextPairDataset:
+    return ImageTextPairDataset.from_path_list(
+        listing, root=listing.parent / "images", dataset="laion", images_per_file=8, **options
+    )
+
+
+def test_every_line_is_a_row(client: Client, listing: Path, tmp_path: Path) -> None:
+    report = ColourEmbedder()(opened(listing)).save_metadata(str(tmp_path / "out"), progress=False)
+    assert (report.read, report.embedded, report.failed, report.no_image) == (23, 20, 2, 1)
+    assert report.reasons == {"not_an_image": 1, "not_found": 1}
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.parquet"))
+    assert names == [f"laion_{a:09d}-{b:09d}.parquet" for a, b in ((0, 8), (8, 16), (16, 23))]
+    table = pq.read_table(tmp_path / "out" / names[0])
+    assert table.column_names == ["path", "image_embedding", "image_error"]
+    assert table["path"].to_pylist() == listing.read_text().split("\n")[:8]
+    again = ColourEmbedder()(opened(listing)).save_metadata(str(tmp_path / "out"), progress=False)
+    assert again.shards["skipped"] == 3 and again.read == 23
+
+
+def test_columns_are_added_later_and_rows_exported(client: Client, listing: Path, tmp_path: Path) -> None:
+    ColourEmbedder()(opened(listing)).save_metadata(progress=False)
+    folder = listing.parent / "list_metadata"
+    assert len(list(folder.glob("*.parquet"))) == 3
+    dataset = ColourEmbedder("second")(opened(listing))
+    dataset.save_metadata(progress=False)
+    table = pq.read_table(sorted(folder.glob("*.parquet"))[0])
+    assert table.column_names == ["path", "image_embedding", "image_error", "second"]
+    assert table["second"].to_pylist() == table["image_embedding"].to_pylist()
+
+    moved = opened(listing, metadata_path=str(folder))
+    moved.metadata["keep"] = moved.metadata["image_error"].isnull()
+    report = moved.to_webdataset(
+        str(tmp_path / "export"), "keep", samples_per_shard=9, old_id_col="old", progress=False
+    )
+    assert report.exported == 20
+    for path in (tmp_path / "export").glob("*.parquet"):
+        lines = pq.read_table(path)["old"].to_pylist()
+        with tarfile.open(path.with_suffix(".tar")) as archive:
+            stored = [archive.extractfile(member).read() for member in archive]
+        assert stored == [(listing.parent / "images" / x.removeprefix("laion/")).read_bytes() for x in lines]
+
+
+def _part(listing: Path, out: str, start: int, end: int | None) -> None:
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    with Client(processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None):
+        dataset = opened(listing, start_line=start, end_line=end)
+        ColourEmbedder()(dataset).save_metadata(out, progress=False)
+
+
+def test_line_ranges_side_by_side_write_what_one_process_does(client: Client, listing: Path, tmp_path: Path) -> None:
+    ColourEmbedder()(opened(listing)).save_metadata(str(tmp_path / "one"), progress=False)
+    context = multiprocessing.get_context("spawn")
+    runs = [context.Process(target=_part, args=(listing, str(tmp_path / "two"), *r)) for r in ((0, 16), (16, None))]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert [run.exitcode for run in runs] == [0, 0]
+    one, two = (sorted((tmp_path / name).glob("*.parquet")) for name in ("one", "two"))
+    assert [p.name for p in one] == [p.name for p in two]
+    assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
+
+
+def test_parts_hold_one_folder_together_unless_they_overlap(tmp_path: Path) -> None:
+    for folder in (Location.of(str(tmp_path)), Location.of("memory://parts")):
+        with (
+            OutputLock(folder, "laion_000-100"),
+            OutputLock(folder, "laion_100-200"),
+            OutputLock(folder, "coyo_000-100"),
+        ):
+            for part in ("laion_050-150", "laion_000-100", ""):
+                with pytest.raises(OutputLocked):
+                    OutputLock(folder, part).__enter__()
+        with OutputLock(folder), pytest.raises(OutputLocked):
+            OutputLock(folder, "laion_000-100").__enter__()
+        with OutputLock(folder, "laion_050-150"):
+            pass
+    assert parts_overlap("a_0-10", "a_9-12") and not parts_overlap("a_0-10", "a_10-12")
+
+
+def test_temporaries_of_other_parts_are_left_alone(client: Client, listing: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    other = out / "laion_000000016-000000023.parquet.tmp-1-abcd"
+    mine = out / "laion_000000000-000000008.parquet.tmp-1-abcd"
+    other.touch(), mine.touch()
+    ColourEmbedder()(opened(listing, end_line=16)).save_metadata(str(out), progress=False)
+    assert other.exists() and not mine.exists()
+
+
+def test_secrets_stay_out_of_what_is_written(client: Client, listing: Path, tmp_path: Path) -> None:
+    dataset = opened(listing, storage_options={"key": "AKIDHUNTER", "secret": "hunter2"})
+    report = ColourEmbedder()(dataset).save_metadata(str(tmp_path / "out"), progress=False)
+    written = b"".join(p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert b"hunter2" not in written and b"AKIDHUNTER" not in written
+    assert "hunter2" not in json.dumps(report.to_dict()) + repr(dataset) + repr(report)
+
+
+def test_a_missing_metadata_folder_is_said(listing: Path) -> None:
+    with pytest.raises(SourceError, match="no such folder"):
+        opened(listing, metadata_path=str(listing.parent / "nowhere"))

@@ -20,10 +20,9 @@ LOCK_ARGS ?=
 
 # $(call find-python,TEST): the first interpreter on the PATH for which TEST holds and that can make environments.
 # Names alone prove nothing: a version manager's shim exists for versions that are not active.
-find-python = $(shell for p in "$$PYTHON" python3.11 python3.12 python3.13 python3.14 python3 python; do \
+find-python = $(shell for p in "$(PYTHON)" python3.11 python3.12 python3.13 python3.14 python3 python; do \
 	[ -n "$$p" ] && "$$p" -c 'import sys, venv, ensurepip; sys.exit(not ($(1)))' >/dev/null 2>&1 \
 	&& command -v "$$p" && break; done)
-export PYTHON
 
 .PHONY: help install demo test test-slow lint docs bench lock clean
 

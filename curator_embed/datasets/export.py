@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import os
 import tarfile
@@ -18,18 +19,19 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import dask
 import numpy as np
 import pyarrow as pa
+from dask.delayed import delayed
 from distributed import as_completed
 from tqdm.auto import tqdm
 
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.lock import OutputLock
-from curator_embed.execution.output import Location, TablePlan, replacing, write_table
+from curator_embed.execution.output import Location, TablePlan, clear_temporaries, replacing, write_table
 from curator_embed.execution.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
 from curator_embed.execution.provenance import Footer
+from curator_embed.execution.run import check_writable
 from curator_embed.execution.worker import read_partition
 from curator_embed.sources.files import fingerprint
 from curator_embed.sources.shard import Shard
@@ -37,6 +39,11 @@ from curator_embed.sources.shard import Shard
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset
     from curator_embed.execution.shard_run import ShardJob
+
+
+KEY = "key"
+"""The id column of what is exported: the new tars' own keys. An id that lives in json members stays there and in its
+column, as it was."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,12 @@ class ExportReport:
 
 @dataclass(frozen=True)
 class _Job:
-    """What every export task needs to know."""
+    """What every export task needs to know.
+
+    Attributes:
+        made_from: identifies the export; the footers of its shards carry it.
+        added: columns that were assigned to the metadata and are in no file.
+    """
 
     path: str
     job: ShardJob
@@ -115,7 +127,8 @@ class _Job:
     shard_digits: int
     sample_digits: int
     old_id_col: str | None
-    overwrite: bool
+    made_from: str
+    added: tuple[str, ...]
 
 
 def export(
@@ -143,19 +156,21 @@ def export(
         raise UsageError(
             f"no column '{filter_column}' to filter by; the metadata has: {', '.join(map(str, frame.columns))}"
         )
+    if dataset.id_col not in frame.columns:
+        raise UsageError(f"the metadata has lost its id column '{dataset.id_col}'")
     folder = Location.of(path, dataset.storage_options)
+    added = tuple(dataset.added_columns())
     report = ExportReport()
     with some_client() as client:
         # The filter may be assigned and in no file: evaluate the frame, a partition at a time.
-        parts = frame[[filter_column]].to_delayed()
-        counts: list[tuple[int, int]] = []
+        parts = frame[list(dict.fromkeys([dataset.id_col, filter_column, *added]))].to_delayed()
+        marked: list[_Marked] = []
         for start in range(0, len(parts), 256):
-            masks = [dask.delayed(_kept_rows)(part, filter_column) for part in parts[start : start + 256]]
-            counts += client.gather(client.compute([dask.delayed(_count)(mask) for mask in masks]))
-        report.read = sum(rows for rows, _ in counts)
-        kept = [kept for _, kept in counts]
-        report.kept = sum(kept)
-        plans = plan_shards(kept, samples_per_shard)
+            tasks = [delayed(_look)(part, dataset.id_col, filter_column) for part in parts[start : start + 256]]
+            marked += client.gather(client.compute(tasks))
+        report.read = sum(found.rows for found in marked)
+        report.kept = sum(found.kept for found in marked)
+        plans = plan_shards([found.kept for found in marked], samples_per_shard)
         if len(plans) > 10**max_shards:
             raise UsageError(f"{len(plans)} shards do not fit into {max_shards} digits; raise max_shards")
         job = _Job(
@@ -165,67 +180,138 @@ def export(
             max_shards,
             max(1, math.ceil(math.log10(samples_per_shard))),
             old_id_col,
-            overwrite,
+            _digest(dataset, marked, list(frame.columns), samples_per_shard, max_shards, old_id_col),
+            added,
         )
+        check_writable(folder)
         with OutputLock(folder), tqdm(total=report.kept, unit="img", disable=not progress) as bar:
-            _check_folder(folder, len(plans), max_shards, overwrite)
+            _prepare_folder(folder, job, {f"{number:0{max_shards}d}" for number in range(len(plans))}, overwrite)
             waiting = iter(enumerate(plans))
 
-            def start(count: int) -> list[Any]:
-                """Hand the next new shards to the workers."""
+            def hand_out(count: int) -> list[Any]:
+                """Give the next new shards to the workers."""
                 tasks = []
                 for number, pieces in islice(waiting, count):
                     inputs = [(dataset.shards[p.shard], parts[p.shard], p.start, p.stop) for p in pieces]
-                    tasks.append(dask.delayed(_export_shard)(number, inputs, job))
+                    tasks.append(delayed(_export_shard)(number, inputs, job))
                 return list(client.compute(tasks))
 
-            running = as_completed(start(max(2, 2 * sum(client.nthreads().values()))))
-            for future in running:
-                exported, missing, skipped, notes = future.result()
-                report.exported += exported
-                report.no_image += missing
-                report.skipped += skipped
-                report.shards += 1
-                report.notes += notes
-                bar.update(exported + missing)
-                running.update(start(1))
+            running = as_completed(hand_out(max(2, 2 * sum(client.nthreads().values()))))
+            try:
+                for future in running:
+                    exported, missing, skipped, notes = future.result()
+                    report.exported += exported
+                    report.no_image += missing
+                    report.skipped += skipped
+                    report.shards += 1
+                    report.notes += notes
+                    bar.update(exported + missing)
+                    running.update(hand_out(1))
+            finally:
+                for _ in running:  # after an error: nobody writes any more once the lock is given back
+                    pass
+            clear_temporaries(folder)
     if report.shards:
-        report.dataset = type(dataset).from_webdataset(
-            path, id_col=dataset.id_col, storage_options=dataset.storage_options
-        )
+        report.dataset = type(dataset).from_webdataset(path, id_col=KEY, storage_options=dataset.storage_options)
     return report
 
 
-def _kept_rows(part: Any, column: str) -> tuple[int, np.ndarray]:
-    """(rows, positions of rows whose value is true) of one partition; null is false."""
-    series = part[column]
+@dataclass(frozen=True)
+class _Marked:
+    """What the filter says of one partition; ``digest`` identifies its ids and the rows that are kept."""
+
+    rows: int
+    kept: int
+    digest: str
+
+
+def _look(part: Any, id_col: str, filter_column: str) -> _Marked:
+    kept = _kept_rows(part, filter_column)
+    digest = hashlib.sha256(ids_digest(_ids(part, id_col)).encode() + kept.tobytes())
+    return _Marked(len(part), len(kept), digest.hexdigest())
+
+
+def _ids(part: Any, id_col: str) -> list[str | None]:
+    return ids_as_text(_column(part, id_col))
+
+
+def _column(part: Any, name: str) -> pa.Array:
+    series = part[name]
     if hasattr(series, "to_pandas"):
         series = series.to_pandas()
     array = pa.array(series, from_pandas=True)
-    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    return array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+
+
+def _kept_rows(part: Any, column: str) -> np.ndarray:
+    """int64 positions of one partition's rows whose value is true; null is false."""
+    array = _column(part, column)
     if pa.types.is_null(array.type):
-        return len(array), np.empty(0, dtype=np.int64)
+        return np.empty(0, dtype=np.int64)
     if not (pa.types.is_boolean(array.type) or pa.types.is_integer(array.type)):
         raise UsageError(f"column '{column}' holds {array.type}, not true and false")
-    return len(array), np.flatnonzero(array.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False))
+    return np.flatnonzero(array.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False))
 
 
-def _count(kept: tuple[int, np.ndarray]) -> tuple[int, int]:
-    return kept[0], len(kept[1])
+def _digest(dataset: ImageTextPairDataset, marked: Sequence[_Marked], *options: Any) -> str:
+    """Identifies an export: which rows, from which files, under which options."""
+    sources = [(shard.name, sorted(shard.fingerprint().items())) for shard in dataset.shards]
+    said = repr((sources, [found.digest for found in marked], dataset.id_col, options))
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
 
 
-def _check_folder(folder: Location, shards: int, digits: int, overwrite: bool) -> None:
-    """The folder must be new, or hold a former state of this very export."""
-    if overwrite or not folder.fs.exists(folder.path):
-        return
-    ours = {f"{number:0{digits}d}" for number in range(shards)}
-    for found in folder.fs.ls(folder.path, detail=False):
-        name = found.rpartition("/")[2]
-        stem, _, kind = name.rpartition(".")
-        if kind in ("tar", "parquet") and stem not in ours:
+def _prepare_folder(folder: Location, job: _Job, ours: set[str], overwrite: bool) -> None:
+    """See that nothing is in the way: the folder is new, holds a former state of this very export, or may be emptied.
+
+    A tar says nothing about its origin, so the folder remembers what was begun in it.
+    """
+    begun = Location(folder.fs, f"{folder.path.rstrip('/')}/_curator_embed/export.json")
+    names = _shard_files(folder)
+    if names:
+        try:
+            former = json.loads(begun.fs.cat_file(begun.path))["export"]
+        except FileNotFoundError:
             raise UsageError(
-                f"{folder.path} already holds other shards ({name}); export into a new folder, or pass overwrite=True"
+                f"{folder.path} already holds shards that no export has written ({names[0]}); they are left as they "
+                "are. Export into a new folder"
+            ) from None
+        if former != job.made_from:
+            if not overwrite:
+                raise UsageError(
+                    f"{folder.path} already holds another export ({names[0]}); export into a new folder, or pass "
+                    "overwrite=True to replace it"
+                )
+            _remove_export(folder, job, names)
+            names = _shard_files(folder)
+        foreign = [name for name in names if name.rpartition(".")[0] not in ours]
+        if foreign:
+            raise UsageError(
+                f"{folder.path}/{foreign[0]} is not of this export, but already there. Move it away, or export into "
+                "a new folder"
             )
+    clear_temporaries(folder)
+    begun.fs.pipe_file(begun.path, json.dumps({"export": job.made_from}).encode())
+
+
+def _shard_files(folder: Location) -> list[str]:
+    folder.fs.invalidate_cache()
+    found = folder.fs.ls(folder.path, detail=False) if folder.fs.exists(folder.path) else []
+    names = (path.rstrip("/").rpartition("/")[2] for path in found)
+    return sorted(name for name in names if name.endswith((".tar", ".parquet")))
+
+
+def _remove_export(folder: Location, job: _Job, names: Sequence[str]) -> None:
+    """Remove the shards of a former export, and only those."""
+    for name in names:
+        stem, _, kind = name.rpartition(".")
+        if kind != "parquet":
+            continue
+        path = Location(folder.fs, f"{folder.path.rstrip('/')}/{name}")
+        schema = path.schema()
+        if schema is not None and "export" in Footer.of(schema).output:
+            folder.fs.rm_file(path.path)  # first: a tar alone is unfinished
+            if f"{stem}.tar" in names:
+                folder.fs.rm_file(f"{folder.path.rstrip('/')}/{stem}.tar")
 
 
 def _export_shard(
@@ -243,9 +329,16 @@ def _export_shard(
     samples: list[np.ndarray] = []
     missing, notes = 0, []
     for shard, part, start, stop in inputs:
-        rows = _kept_rows(part, export_job.filter_column)[1][start:stop]
+        rows = _kept_rows(part, export_job.filter_column)[start:stop]
         table = read_partition(shard, job)
         ids = ids_as_text(table.column(job.id_col))
+        if _ids(part, job.id_col) != ids:
+            raise UsageError(
+                f"the metadata of shard {shard.name} no longer has the shard's rows in their order. Mark the rows to "
+                "keep in a boolean column instead of dropping or sorting rows"
+            )
+        for added in export_job.added:
+            table = table.append_column(added, _column(part, added))
         numeric = key_normaliser(table.schema.field(job.id_col).type)
         keys = [normalise_key(key, numeric) for key in shard.keys(id_col=job.id_col)]
         sample_of_row = pair(ids, keys).sample_of_row[rows]
@@ -258,17 +351,15 @@ def _export_shard(
         samples.append(ordinals[order])
         if without:
             notes.append(f"{shard.name}: {without} kept rows have no image")
-    table = pa.concat_tables(tables, promote_options="permissive")
-    new_ids = [f"{name}{position:0{export_job.sample_digits}d}" for position in range(len(table))]
-    made_from = _digest(export_job, table.column(job.id_col), inputs)
+    total = sum(map(len, tables))
     there = target.schema()
-    if there is not None:
-        if Footer.of(there).output.get("export") == made_from and tar.token() is not None:
-            return len(table), missing, 1, notes
-        if not export_job.overwrite:
-            raise UsageError(
-                f"{target.path} is already there, from another export; choose another folder or overwrite=True"
-            )
+    if (
+        there is not None
+        and Footer.of(there).output.get("export") == export_job.made_from
+        and tar.token() is not None
+    ):
+        return total, missing, 1, notes
+    new_ids = [f"{name}{position:0{export_job.sample_digits}d}" for position in range(total)]
     with _temporary_tar(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
         position = 0
         for (shard, *_), ordinals in zip(inputs, samples, strict=True):
@@ -278,28 +369,30 @@ def _export_shard(
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
                 position += 1
-    _write_rows(table, new_ids, tar, target, made_from, export_job)
-    return len(table), missing, 0, notes
-
-
-def _digest(export_job: _Job, ids: Any, inputs: list[tuple[Shard, Any, int, int]]) -> str:
-    """Identifies what an exported shard holds: which rows, from which files, under which options."""
-    sources = [(shard.name, sorted(shard.fingerprint().items())) for shard, *_ in inputs]
-    options = (export_job.filter_column, export_job.old_id_col, export_job.sample_digits)
-    return hashlib.sha256(repr((ids_digest(ids_as_text(ids)), sources, options)).encode()).hexdigest()[:32]
+    _write_rows(tables, new_ids, tar, target, export_job)
+    return total, missing, 0, notes
 
 
 def _write_rows(
-    table: pa.Table, new_ids: list[str], tar: Location, target: Location, made_from: str, export_job: _Job
+    tables: Sequence[pa.Table], new_ids: list[str], tar: Location, target: Location, export_job: _Job
 ) -> None:
     """The new shard's parquet. Columns stay what they were made to be: their images are the same bytes."""
     job = export_job.job
-    footer = Footer.of(table.schema)
+    footers = [Footer.of(table.schema) for table in tables]
+    table = pa.concat_tables(tables, promote_options="permissive")
     stored = {**fingerprint(tar.fs.unstrip_protocol(tar.path) if not tar.is_local else tar.path, job.storage_options)}
     samples = {**stored, "ids": ids_digest(new_ids)}
-    columns = {name: {**made, "samples": samples} for name, made in footer.columns.items()}
-    old = table.column(job.id_col)
-    table = table.set_column(table.column_names.index(job.id_col), job.id_col, pa.array(new_ids, pa.string()))
+    columns = {
+        name: {**made, "samples": samples}
+        for name, made in footers[0].columns.items()
+        if name in table.column_names
+        and all(footer.columns.get(name, {}).get("recipe") == made.get("recipe") for footer in footers)
+    }
+    old, keys = table.column(job.id_col), pa.array(new_ids, pa.string())
+    if KEY in table.column_names:
+        table = table.set_column(table.column_names.index(KEY), KEY, keys)
+    else:
+        table = table.add_column(0, KEY, keys)
     if export_job.old_id_col is not None:
         if export_job.old_id_col in table.column_names:
             table = table.drop_columns([export_job.old_id_col])
@@ -311,7 +404,7 @@ def _write_rows(
         appended=None,
         appended_rows=np.empty(0, dtype=np.int64),
         columns={},
-        footer=Footer(columns, {}, {"export": made_from}, job.id_col),
+        footer=Footer(columns, {}, {"export": export_job.made_from}, KEY),
     )
     write_table(plan, target, None, check=False)
 

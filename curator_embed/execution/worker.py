@@ -17,6 +17,7 @@ from curator_embed.errors import UsageError
 from curator_embed.execution.engines import CpuEngine
 from curator_embed.execution.output import Location
 from curator_embed.execution.pipeline import DecodeEngine, Pipeline
+from curator_embed.execution.provenance import ERROR_COLUMN
 from curator_embed.execution.shard_run import ShardJob, ShardReport, ShardRun, run_group
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep
@@ -55,7 +56,8 @@ def read_partition(shard: Shard, job: ShardJob) -> pa.Table:
     with _frames.lease(job) as pipeline:
         run = ShardRun(job, shard, pipeline)
         if run.begin():
-            return run.collect()
+            table = run.collect()
+            return table if job.steps else table.drop_columns([ERROR_COLUMN])
     with Location.of(job.target(shard), job.storage_options).open_parquet() as parquet:
         return parquet.read()
 

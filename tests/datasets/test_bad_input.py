@@ -67,7 +67,8 @@ def png_bomb(side: int) -> bytes:
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     header = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def random_bytes() -> bytes:
@@ -497,7 +498,7 @@ def test_no_such_folder_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere.*no such"):
         save(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="empty.*no \\*.tar"):
+    with pytest.raises(UsageError, match=r"empty.*no \*\.tar"):
         save(tmp_path / "empty")
 
 
@@ -536,7 +537,7 @@ def test_a_read_only_dataset_in_place(source: Path) -> None:
 
 
 class unwritable:
-    """The folder cannot be written to for the length of the block: by permission bits, for root by a read-only mount."""
+    """Nobody can write to the folder during the block: by permission bits, for root by a read-only mount."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

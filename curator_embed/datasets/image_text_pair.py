@@ -140,6 +140,51 @@ class ImageTextPairDataset:
         tabled = with_found_tables(shards, metadata_path, storage_options)
         return cls(tabled, id_col, storage_options=storage_options)
 
+    @classmethod
+    def from_folder(
+        cls,
+        path: str | os.PathLike[str],
+        images_per_file: int = 1024,
+        *,
+        dataset: str | None = None,
+        id_col: str = "path",
+        metadata_path: str | None = None,
+        reading: ReadPolicy | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> ImageTextPairDataset:
+        """Open a folder of image files with its subfolders; every ``images_per_file`` images are a shard.
+
+        Images are known by their endings and come in natural order (0, 1, 2, 10). Captions (``x.txt``) and json
+        files (``x.json``) beside an image become columns. Hidden files are left out.
+
+        Args:
+            path: the folder, local or any fsspec URL that can be listed.
+            images_per_file: images a shard.
+            dataset: the name that output files begin with, by default the folder's own.
+            id_col: the column that holds the paths below the folder.
+            metadata_path: where parquet files of an earlier run lie, to add columns to them. By default
+                the folder ``{path}_metadata``, where ``save_metadata()`` puts them.
+            reading: how many files are read at a time, timeouts and retries.
+            storage_options: handed on to fsspec.
+
+        Raises:
+            UsageError: no such folder, or no images in it.
+            SourceError: the folder cannot be listed.
+        """
+        from curator_embed.sources.folder import find_images
+        from curator_embed.sources.tables import with_found_tables
+
+        shards = find_images(
+            path,
+            images_per_file=images_per_file,
+            dataset=dataset,
+            id_col=id_col,
+            storage_options=storage_options,
+            policy=reading,
+        )
+        tabled = with_found_tables(shards, metadata_path, storage_options)
+        return cls(tabled, id_col, storage_options=storage_options)
+
     # -- what it is ------------------------------------------------------------------------
 
     @property

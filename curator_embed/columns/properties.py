@@ -128,11 +128,11 @@ class View:
     def stored(self) -> Image.Image:
         """Pillow's image with its header as the file has it; no pixels are decoded for it.
 
-        Turning an image by its EXIF drops the orientation, and asking a GIF for its second frame drops its pixels:
-        in both cases another image looks at the header.
+        Turning an image by its EXIF drops the orientation (Pillow turns TIFFs in any case), and asking a GIF for its
+        second frame drops its pixels: in these cases another image looks at the header.
         """
         original = self.image.original
-        if original.format not in (None, "GIF"):
+        if original.format not in (None, "GIF", "TIFF"):
             return original
         family = "JPEG" if self.image.format == "MPO" else self.image.format
         header: Image.Image = Image.OPEN[family][0](io.BytesIO(self.image.encoded), "")
@@ -171,7 +171,7 @@ def aspect_ratio(view: View) -> float:
 
 
 def exif_orientation(view: View) -> int | None:
-    """1 to 8 as EXIF has it; null where the file does not say."""
+    """1 to 8 as the file has it, whether it was honoured or not; null where the file does not say."""
     try:
         value = view.stored.getexif().get(_ORIENTATION_TAG)
     except Exception:  # damaged EXIF raises nearly everything, and is no reason to lose the image

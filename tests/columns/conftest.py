@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,13 @@ def shapes(photos: dict[str, DecodedImage]) -> dict[str, DecodedImage]:
         "16 bit": Image.fromarray(np.asarray(cat.convert("L")).astype(np.uint16) * 257),
         "hues": Image.merge("HSV", (mask, mask.rotate(180), mask.rotate(90))).convert("RGB"),
     }
-    return {name: DecodedImage(b"", image, "PNG") for name, image in found.items()}
+    decoded = {}
+    for name, image in found.items():
+        buffer = io.BytesIO()
+        image.save(buffer, "TIFF" if image.mode == "CMYK" else "PNG")
+        decoded[name] = decode(buffer.getvalue())
+        assert decoded[name].original.mode == image.mode
+    return decoded
 
 
 @pytest.fixture(scope="session")

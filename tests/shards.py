@@ -66,9 +66,8 @@ def write_dataset(
                 row |= {"status": "failed_to_download", "width": None}
             else:
                 data = (bad or {}).get((shard, number), images[number])
-                members += [
-                    (f"{key}.jpg", data), (f"{key}.txt", row["caption"].encode()), (f"{key}.json", json.dumps(row).encode())
-                ]  # fmt: skip
+                beside = {"jpg": data, "txt": str(row["caption"]).encode(), "json": json.dumps(row).encode()}
+                members += [(f"{key}.{extension}", content) for extension, content in beside.items()]
             rows.append(row)
         write_tar(folder / f"{shard:05d}.tar", members)
         if table:

@@ -30,7 +30,9 @@ class ColourEmbedder(BatchStep):
 
     embedding_dim = 192
 
-    def __init__(self, column: str = "image_embedding", batch_size: int = 4, version: int = 1, device: str | None = None):
+    def __init__(
+        self, column: str = "image_embedding", batch_size: int = 4, version: int = 1, device: str | None = None
+    ) -> None:
         self.column, self.batch_size, self.version, self.device = column, batch_size, version, device
         self.threads: int | None = None
 

@@ -154,7 +154,7 @@ def embed(
         image_embedding_column=column,
         dtype=dtype.value,
         image_size=image_size,
-        compile={"auto": "auto", "on": True, "off": False}[compile.value],
+        compile="auto" if compile is Compile.auto else compile is Compile.on,
         device=device,
     )
     dataset = ImageTextPairDataset.from_webdataset(

@@ -15,6 +15,7 @@ import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from dask.delayed import delayed
 
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
@@ -70,7 +71,10 @@ def metadata_frame(dataset: ImageTextPairDataset) -> dd.DataFrame:
     if not dataset.shards:
         raise UsageError("the dataset has no shards")
     reader = PartitionReader(job, _schema(dataset, job))
-    return dd.from_map(reader, list(dataset.shards), meta=reader.meta(), enforce_metadata=False, label="metadata")
+    frame: dd.DataFrame = dd.from_map(
+        reader, list(dataset.shards), meta=reader.meta(), enforce_metadata=False, label="metadata"
+    )
+    return frame
 
 
 def _schema(dataset: ImageTextPairDataset, job: ShardJob) -> pa.Schema:
@@ -123,17 +127,18 @@ def assigned_columns(dataset: ImageTextPairDataset) -> dd.DataFrame | None:
         raise UsageError("the metadata was repartitioned; change columns, not partitions")
     if dataset.id_col not in frame.columns:
         raise UsageError(f"the metadata has lost its id column '{dataset.id_col}'")
-    return frame[[dataset.id_col, *[name for name in added if name != dataset.id_col]]]
+    chosen: dd.DataFrame = frame[[dataset.id_col, *[name for name in added if name != dataset.id_col]]]
+    return chosen
 
 
 def write_assigned(frame: dd.DataFrame, dataset: ImageTextPairDataset, job: ShardJob) -> None:
     """Add assigned columns to the files that a run has just written, a shard at a time."""
     with some_client() as client:
-        delayed = frame.to_delayed()
-        for start in range(0, len(delayed), 64):
+        partitions = frame.to_delayed()
+        for start in range(0, len(partitions), 64):
             parts = [
-                dask.delayed(_write_one)(part, shard, job)
-                for part, shard in zip(delayed[start : start + 64], dataset.shards[start : start + 64], strict=True)
+                delayed(_write_one)(part, shard, job)
+                for part, shard in zip(partitions[start : start + 64], dataset.shards[start : start + 64], strict=True)
             ]
             client.gather(client.compute(parts))
 

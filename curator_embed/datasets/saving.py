@@ -82,7 +82,8 @@ def _check_arguments(
 
 def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     """Choose device and decode engine from what the workers have, unless the embedders say otherwise."""
-    asked = {step.device for step in job.steps if isinstance(step, BatchStep) and getattr(step, "device", None)}
+    devices = {getattr(step, "device", None) for step in job.steps if isinstance(step, BatchStep)}
+    asked = {device for device in devices if device is not None}
     if len(asked) > 1:
         raise UsageError(f"the embedders of one run ask for different devices: {sorted(asked)}")
     if asked:

@@ -131,10 +131,11 @@ def normalise(
 def _to_planes(image: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
     """Copy uint8 (3, H, W) into float32 (3, H, W); four-byte pixels are taken apart as integers, vectorised."""
     _, height, width = image.shape
-    if image.strides != (1, 4 * width, 4) or sys.byteorder != "little":
+    plane, pitch, step = image.strides
+    if (plane, step) != (1, 4) or pitch % 4 or sys.byteorder != "little":
         target[...] = image
         return
-    words = np.lib.stride_tricks.as_strided(image[0], (height, 4 * width), (4 * width, 1)).view(np.uint32)
+    words = np.lib.stride_tricks.as_strided(image[0], (height, 4 * width), (pitch, 1)).view(np.uint32)
     channel = np.empty_like(words)
     target[0] = np.bitwise_and(words, 255, out=channel)
     for number in (1, 2):

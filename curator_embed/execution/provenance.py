@@ -101,7 +101,7 @@ def status(
     fingerprint: Mapping[str, Any],
     *,
     overwrite: bool = False,
-    redo: bool = False,
+    recipes: Sequence[Mapping[str, Any]] | None = None,
 ) -> Status:
     """Decide from a file's schema alone which steps a shard still needs.
 
@@ -109,14 +109,14 @@ def status(
         schema: of the file that would be changed or copied; None when there is none yet.
         fingerprint: of the shard's samples as they are now.
         overwrite: replace columns that came from elsewhere or from another recipe.
-        redo: with ``overwrite``: never mind matching provenance, run every step.
+        recipes: ``counted(step.recipe())`` of every step, where it is at hand.
     """
-    if schema is None or redo:
+    if schema is None:
         return Status(tuple(range(len(steps))))
     footer = Footer.of(schema)
     todo: list[int] = []
     for position, step in enumerate(steps):
-        recipe = counted(step.recipe())
+        recipe = counted(step.recipe()) if recipes is None else recipes[position]
         present = [name for name in step.columns() if name in schema.names]
         if not present:
             todo.append(position)

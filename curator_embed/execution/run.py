@@ -29,9 +29,9 @@ from curator_embed.execution.clients import some_client
 from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.output import Location, clear_temporaries
 from curator_embed.execution.planning import group_shards
-from curator_embed.execution.provenance import recorded_settings
+from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.shard_run import ShardJob, ShardReport, Survey, survey
+from curator_embed.execution.shard_run import ShardJob, ShardReport, Survey, look, survey
 from curator_embed.execution.worker import close_run, progress_topic, run_task
 from curator_embed.sources.files import fingerprint
 from curator_embed.sources.shard import Shard
@@ -98,20 +98,22 @@ def make_plan(shards: Sequence[Shard], job: ShardJob, *, cores: int, limit: int 
     """
     unsettled = job
     with ThreadPoolExecutor(SURVEY_THREADS) as pool:
-        footers = [found.footer for found in pool.map(lambda s: survey(unsettled, s, limit), shards)]
-        sizes = [_rows_of(shard) for shard in shards]
-        rows = sum(size for size in sizes if size is not None)
-        known = all(size is not None for size in sizes)
-        wanted = min(rows, limit) if limit is not None else rows
-        steps = tuple(
-            _settle(step, footers, cores, wanted if known or limit is not None else None) for step in job.steps
-        )
-        job = dataclasses.replace(job, steps=steps)
-        surveys = list(pool.map(lambda s: survey(job, s, limit), shards))
+        looks = list(pool.map(lambda shard: look(unsettled, shard), shards))
+        known = [_first(seen.target_rows, seen.table_rows) for seen in looks]
+        unknown = [position for position, rows in enumerate(known) if rows is None]
+        for position, rows in zip(unknown, pool.map(lambda p: shards[p].row_estimate(), unknown), strict=True):
+            known[position] = rows
+    images = None if any(rows is None for rows in known) else sum(rows or 0 for rows in known)
+    if limit is not None:
+        images = limit if images is None else min(images, limit)
+    footers = [Footer.of(schema) for seen in looks if (schema := seen.target or seen.table) is not None]
+    steps = tuple(_settle(step, footers, cores, images) for step in job.steps)
+    job = dataclasses.replace(job, steps=steps)
+    surveys = [survey(job, shard, limit, seen) for shard, seen in zip(shards, looks, strict=True)]
     plan = RunPlan(job, list(shards), surveys)
-    todo = plan.todo
-    plan.rows = sum(_first(surveys[p].rows, sizes[p]) or 0 for p in todo)
-    plan.rows_known = all(_first(surveys[p].rows, sizes[p]) is not None for p in todo)
+    left = [known[position] for position in plan.todo]
+    plan.rows = sum(rows or 0 for rows in left)
+    plan.rows_known = None not in left
     if limit is not None:
         plan.rows = min(plan.rows, limit)
     plan.bytes_to_write = _bytes_to_write(plan) if plan.rows_known else None
@@ -122,10 +124,6 @@ def make_plan(shards: Sequence[Shard], job: ShardJob, *, cores: int, limit: int 
 
 def _first(*values: int | None) -> int | None:
     return next((value for value in values if value is not None), None)
-
-
-def _rows_of(shard: Shard) -> int | None:
-    return shard.row_estimate()
 
 
 def _settle(step: Step, footers: Sequence[Any], cores: int, images: int | None) -> Step:
@@ -370,7 +368,7 @@ class _Driver:
     def _submit(self, positions: Sequence[int], limit: int | None = None) -> Future[list[ShardReport]]:
         shards = [self.plan.shards[p] for p in positions]
         future = self.client.submit(run_task, shards, self.plan.job, self.run_id, limit, pure=False)
-        self.positions_of[future.key] = tuple(positions)
+        self.positions_of[str(future.key)] = tuple(positions)
         return future
 
     def _hand_out(self, groups: list[list[int]], under_way: int) -> None:
@@ -403,7 +401,7 @@ class _Driver:
 
     def _take(self, future: Future[list[ShardReport]]) -> list[list[int]]:
         """Count a finished task; returns groups to be tried again."""
-        positions = self.positions_of.pop(future.key)
+        positions = self.positions_of.pop(str(future.key))
         try:
             reports = future.result()
         except Exception as error:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ from curator_embed.execution.pairing import (
     pair,
 )
 from curator_embed.execution.pipeline import OpenShard, Pipeline
-from curator_embed.execution.provenance import ERROR_COLUMN, Footer, counted, status
+from curator_embed.execution.provenance import ERROR_COLUMN, Footer, Status, counted, status
 from curator_embed.sources.shard import Note, Sample, Shard
 from curator_embed.steps import BatchStep, Step
 
@@ -55,7 +56,7 @@ class ShardJob:
         select: the input's columns a new dataset gets (None: all).
         on_error: what happens to rows without an embedding.
         overwrite: replace columns that came from elsewhere or were made another way.
-        engine: which decode engine ("cpu", "dali").
+        engine: which decode engine ("cpu": Pillow; "dali": DALI, on ``device``).
         device: where the models run, as torch names it.
         decode_threads: decode threads a worker.
         model_threads: the forward pass's own threads on a CPU.
@@ -73,6 +74,11 @@ class ShardJob:
     decode_threads: int = 4
     model_threads: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def recipes(self) -> tuple[dict[str, Any], ...]:
+        """What counts of the steps' recipes; asking a step costs more than reading a footer."""
+        return tuple(counted(step.recipe()) for step in self.steps)
 
     def target(self, shard: Shard) -> str:
         """Where the shard's parquet goes."""
@@ -113,6 +119,7 @@ class ShardReport:
     notes: list[Note] = field(default_factory=list)
     examples: list[tuple[str, str]] = field(default_factory=list)
     exceptions: list[str] = field(default_factory=list)
+    decoders: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     fault: str = ""
 
@@ -159,22 +166,50 @@ class Survey:
     rows: int | None = None
 
 
-def survey(job: ShardJob, shard: Shard, limit: int | None = None) -> Survey:
+@dataclass(frozen=True)
+class Look:
+    """What lies on disk for one shard, from footers and file sizes: read once, judged as often as needed.
+
+    Attributes:
+        fingerprint: of the samples.
+        target: schema of the output file, None when there is none.
+        target_rows: its rows.
+        table, table_rows: the same of the table that a new output starts from.
+    """
+
+    fingerprint: dict[str, Any]
+    target: pa.Schema | None = None
+    target_rows: int | None = None
+    table: pa.Schema | None = None
+    table_rows: int | None = None
+
+
+def look(job: ShardJob, shard: Shard) -> Look:
+    """Read a shard's footers. A table that cannot be read counts as absent: the run of the shard says why."""
+    target = _schema_and_rows(job.target(shard), job)
+    table: tuple[pa.Schema | None, int | None] = (None, None)
+    path = shard.table_path()
+    if job.output is not None and path is not None and target[0] is None:
+        table = _schema_and_rows(path, job)
+    return Look(shard.fingerprint(), *target, *table)
+
+
+def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | None = None) -> Survey:
     """Decide from footers alone what a shard needs; reads no rows and no images."""
-    fingerprint = shard.fingerprint()
-    there, rows = _schema_and_rows(job.target(shard), job)
+    seen = seen or look(job, shard)
+    there = seen.target
     if job.output is None:
-        found = status(there, job.steps, fingerprint, overwrite=job.overwrite)
+        found = _status(there, job, seen)
         conflict = found.conflict or _unusable(there, job, job.target(shard))
         footer = Footer() if there is None else Footer.of(there)
         done = there is not None and not found.todo and not conflict
-        return Survey(found.todo, done, conflict, footer, rows)
+        return Survey(found.todo, done, conflict, footer, seen.target_rows)
 
     if there is not None:
         footer, options = Footer.of(there), job.output_options(limit)
-        found = status(there, job.steps, fingerprint, overwrite=job.overwrite)
+        found = _status(there, job, seen)
         if footer.output == options and not found.todo and not found.conflict:
-            return Survey((), True, "", footer, rows)
+            return Survey((), True, "", footer, seen.target_rows)
         if not job.overwrite and "limit" not in footer.output:
             if not footer.output:
                 why = "the file is already there and is not an output of curator-embed"
@@ -184,24 +219,27 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None) -> Survey:
                 why = f"was written with other options ({footer.output} there, {options} now)"
             else:
                 why = "is already there without the new columns; add them in place (open it, no output path)"
-            return Survey((), False, why, footer, rows)
+            return Survey((), False, why, footer, seen.target_rows)
 
-    everything = tuple(range(len(job.steps)))
     table = shard.table_path()
     if table is None:
-        return Survey(everything)
-    source, rows = _schema_and_rows(table, job)
-    found = status(source, job.steps, fingerprint, overwrite=job.overwrite)
+        return Survey(tuple(range(len(job.steps))))
+    source, rows = (seen.table, seen.table_rows) if there is None else _schema_and_rows(table, job)
+    found = _status(source, job, seen)
     conflict = found.conflict or _unusable(source, job, table)
     # Columns that are already right in the input are copied, not computed again.
     return Survey(found.todo, False, conflict, Footer() if source is None else Footer.of(source), rows)
+
+
+def _status(schema: pa.Schema | None, job: ShardJob, seen: Look) -> Status:
+    return status(schema, job.steps, seen.fingerprint, overwrite=job.overwrite, recipes=job.recipes)
 
 
 def _schema_and_rows(path: str, job: ShardJob) -> tuple[pa.Schema | None, int | None]:
     try:
         with Location.of(path, job.storage_options).open_parquet() as parquet:
             return parquet.schema_arrow, parquet.metadata.num_rows
-    except FileNotFoundError:
+    except (FileNotFoundError, SourceError):
         return None, None
 
 
@@ -393,6 +431,7 @@ class ShardRun:
 
         errors = self._error_codes(opened, own, sample_of_row, ambiguous)
         self._count(errors, row_ids)
+        self.report.decoders = dict(opened.decoders)
         if job.on_error == "raise" and self.report.failed:
             raise FailedRows(self._failure())
         keep = np.arange(len(sample_of_row))

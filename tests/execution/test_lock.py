@@ -27,9 +27,9 @@ with OutputLock(Location.of(sys.argv[1])):
 
 
 def test_the_second_run_is_told_who_holds_the_output(tmp_path: Path) -> None:
-    with OutputLock(Location.of(str(tmp_path))):
-        with pytest.raises(OutputLocked, match=rf"process {os.getpid()} on {socket.gethostname()}"):
-            OutputLock(Location.of(str(tmp_path))).__enter__()
+    told = pytest.raises(OutputLocked, match=rf"process {os.getpid()} on {socket.gethostname()}")
+    with OutputLock(Location.of(str(tmp_path))), told:
+        OutputLock(Location.of(str(tmp_path))).__enter__()
     with OutputLock(Location.of(str(tmp_path))):
         pass
     assert not (tmp_path / "_curator_embed" / "lock.json").exists()

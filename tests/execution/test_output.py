@@ -102,9 +102,9 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(output.os, "fsync", full)
     location = Location.of(str(tmp_path / "0.parquet"))
-    with pytest.raises(SourceError, match=r"0\.parquet: the disk is full.*run the same command again"):
-        with replacing(location, None) as file:
-            file.write(b"x")
+    said = pytest.raises(SourceError, match=r"0\.parquet: the disk is full.*run the same command again")
+    with said, replacing(location, None) as file:
+        file.write(b"x")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from curator_embed.errors import Reason
-from curator_embed.execution.pipeline import Pipeline, Prepared, Vectors
+from curator_embed.execution.pipeline import OpenShard, Pipeline, Prepared, Vectors
 from curator_embed.steps import BatchModel
 
 
@@ -51,7 +51,7 @@ class NumberEngine:
         return results
 
 
-def feed(pipeline: Pipeline, numbers: Sequence[bytes], wanted: Sequence[int] = (0,)):  # noqa: ANN201
+def feed(pipeline: Pipeline, numbers: Sequence[bytes], wanted: Sequence[int] = (0,)) -> OpenShard:
     with pipeline.shard(wanted) as opened:
         with pipeline.feeding():
             for ordinal, number in enumerate(numbers):

@@ -6,7 +6,7 @@ Embedders and hashes subclass these; execution runs them and knows nothing else 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -77,9 +77,17 @@ class BatchModel(ABC):
     batch_size: int
     """The one batch size at which the forward pass runs; the last batch is padded to it."""
 
+    overlaps: bool = False
+    """Whether ``submit`` returns before the batch is through; two batches may then be under way."""
+
     @abstractmethod
     def __call__(self, images: Sequence[torch.Tensor]) -> Any:
         """(k <= batch_size) uint8 (3, H, W) tensors -> numpy float32/float16 (k, dim)."""
+
+    def submit(self, images: Sequence[torch.Tensor]) -> Callable[[], Any]:
+        """Start a batch; the returned call gives what ``__call__`` would."""
+        result = self(images)
+        return lambda: result
 
     def exceptions(self) -> list[str]:
         """What deviated from the recipe, for the report ("batch halved to 8 after out-of-memory")."""

@@ -106,6 +106,7 @@ class ModelRunner(BatchModel):
         self.options, self.name = options, name
         self.batch_size = options.batch_size
         self.device = torch.device(options.device)
+        self.overlaps = self.device.type == "cuda"
         self._layout = torch.channels_last if prefers_channels_last(model) else torch.contiguous_format
         if isinstance(model, torch.nn.Module):
             model = model.eval().to(self.device).to(memory_format=self._layout)

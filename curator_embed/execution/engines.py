@@ -1,14 +1,22 @@
-"""The CPU's decode engine: one image at a time, decoded once, shown to every step that wants it."""
+"""The decode engines: every image decoded once, shown to every step that wants it.
+
+Pillow one image at a time, or DALI a batch at a time with Pillow beside it for what DALI cannot do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 
 from curator_embed.decoding.pillow import Limits, decode
+from curator_embed.decoding.spec import PreprocessSpec
 from curator_embed.errors import ImageError, UsageError
 from curator_embed.execution.pipeline import Prepared
 from curator_embed.steps import BatchStep, ImageStep, Step
+
+if TYPE_CHECKING:
+    from curator_embed.decoding.dali import Admitted
 
 
 class CpuEngine:
@@ -31,6 +39,7 @@ class CpuEngine:
         except ImageError as error:
             result.error = error.reason
             return result
+        result.decoder = "pillow"
         for position in positions:
             step = self.steps[position]
             try:
@@ -41,6 +50,91 @@ class CpuEngine:
             except ImageError as error:
                 result.error = result.error or error.reason
         return result
+
+
+class DaliEngine:
+    """DALI decodes and resizes for the embedders; Pillow takes what DALI cannot read, and what other steps want to see.
+
+    A row's result depends on its own bytes alone: DALI refuses the same images in any company, and those are Pillow's.
+
+    Args:
+        steps: the job's.
+        device: where the models run, "cuda" for a GPU; "cpu" runs the same graph with CPU operators, for tests.
+        threads: of Pillow, and of each DALI pipeline.
+
+    Raises:
+        MissingExtra: DALI is not installed.
+    """
+
+    MOST_AT_A_TIME = 256
+
+    def __init__(self, steps: Sequence[Step], *, device: str, threads: int) -> None:
+        from curator_embed.decoding.dali import DaliDecoder
+
+        self._pillow = CpuEngine(steps)
+        specs = {position: spec for position, step in enumerate(steps) if (spec := _spec_for_dali(step)) is not None}
+        self._positions = tuple(specs)
+        batches = [batch for step in steps if isinstance(batch := getattr(step, "batch_size", None), int)]
+        self.chunk = min(max(batches, default=64), self.MOST_AT_A_TIME)
+        self._decoder = DaliDecoder(
+            tuple(specs.values()),
+            device=device,
+            batch_size=self.chunk,
+            threads=threads,
+            honour_exif=self._pillow.honour_exif,
+            limits=self._pillow.limits,
+        )
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="beside-dali")
+
+    def prepare(self, encoded: Sequence[bytes], wanted: Sequence[tuple[int, ...]]) -> list[Prepared]:
+        """Decode and prepare; see ``DecodeEngine``."""
+        admitted: dict[int, Admitted] = {}
+        beside: dict[int, Future[Prepared]] = {}
+        for row, (data, positions) in enumerate(zip(encoded, wanted, strict=True)):
+            others = tuple(position for position in positions if position not in self._positions)
+            plan = self._decoder.admit(data) if len(others) < len(positions) else None
+            if plan is not None:
+                admitted[row] = plan
+            if plan is None or others:
+                beside[row] = self._pool.submit(self._with_pillow, data, positions if plan is None else others)
+        tensors = dict(zip(admitted, self._decoder.decode(list(admitted.values())), strict=True))
+        refused = [row for row, made in tensors.items() if made is None]
+        for row in refused:
+            beside[row] = self._pool.submit(self._with_pillow, encoded[row], wanted[row])
+        return [
+            self._merged(wanted[row], tensors.get(row), beside[row].result() if row in beside else None)
+            for row in range(len(encoded))
+        ]
+
+    def _merged(self, positions: tuple[int, ...], by_dali: Any, beside: Prepared | None) -> Prepared:
+        if by_dali is None:
+            assert beside is not None
+            return beside
+        if beside is not None and beside.decoder is None:
+            return beside  # Pillow finds it broken: then it is, whatever DALI made of it
+        result = beside or Prepared()
+        result.decoder = "dali"
+        for position, tensor in zip(self._positions, by_dali, strict=True):
+            if position in positions:
+                result.tensors[position] = tensor
+        return result
+
+    def _with_pillow(self, data: bytes, positions: tuple[int, ...]) -> Prepared:
+        """Decode on the CPU; what shares batches with DALI's images is brought to where those are."""
+        (result,) = self._pillow.prepare([data], [positions])
+        for position in self._positions:
+            if position in result.tensors:
+                result.tensors[position] = self._decoder.to_device(result.tensors[position])
+        return result
+
+
+def _spec_for_dali(step: Step) -> PreprocessSpec | None:
+    """The spec of an embedder whose ``prepare`` does that and nothing else; None for steps that must see the image."""
+    from curator_embed.embedders.base import ImageEmbedder
+
+    if not isinstance(step, ImageEmbedder) or step.reads_own_shards or type(step).prepare is not ImageEmbedder.prepare:
+        return None
+    return step.spec if isinstance(step.spec, PreprocessSpec) else None
 
 
 def decode_options(steps: Sequence[Step]) -> tuple[Limits, bool]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from curator_embed.errors import Reason
-from curator_embed.steps import BatchModel, BatchStep
+from curator_embed.steps import BatchModel
 
 
 @dataclass(slots=True)
@@ -29,11 +29,13 @@ class Prepared:
         tensors: per batch step (by position) its uint8 (3, H, W) input.
         values: per image step (by position) its column values.
         error: why the image failed, or None. Steps that succeeded keep their values.
+        decoder: what decoded it for the embedders ("pillow", "dali"); None when nothing did.
     """
 
     tensors: dict[int, Any] = field(default_factory=dict)
     values: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     error: Reason | None = None
+    decoder: str | None = None
 
 
 class DecodeEngine(Protocol):
@@ -60,6 +62,7 @@ class OpenShard:
         self._outstanding = 0
         self._fault: BaseException | None = None
         self.errors: dict[int, Reason] = {}
+        self.decoders: Counter[str] = Counter()
         self.values: dict[int, dict[int, Mapping[str, Any]]] = {p: {} for p in pipeline.image_steps}
         self.vectors: dict[int, Vectors] = {p: Vectors() for p in pipeline.batch_steps}
 
@@ -134,6 +137,15 @@ class _Item:
     shard: OpenShard
     ordinal: int
     encoded: bytes
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A batch the model has been given."""
+
+    position: int
+    entries: Sequence[tuple[OpenShard, int, Any, Any]]
+    collect: Callable[[], np.ndarray]
 
 
 class StageClock:
@@ -324,6 +336,8 @@ class Pipeline:
             for item, result in zip(taken, results, strict=True):
                 if result.error is not None:
                     item.shard.errors[item.ordinal] = result.error
+                if result.decoder is not None:
+                    item.shard.decoders[result.decoder] += 1
                 for position, values in result.values.items():
                     item.shard.values[position][item.ordinal] = values
                 if result.tensors:
@@ -342,32 +356,49 @@ class Pipeline:
     # -- the model thread ------------------------------------------------------------------
 
     def _model_loop(self) -> None:
+        """Run batches; of a model that overlaps, one stays under way while the next is handed in."""
+        under_way: _UnderWay | None = None
         while True:
             start = time.perf_counter()
             with self._lock:
-                self._to_embed.wait_for(lambda: self._closed or self._next_batch() is not None)
+                if under_way is None:
+                    self._to_embed.wait_for(lambda: self._closed or self._next_batch() is not None)
                 if self._closed:
                     return
                 position = self._next_batch()
-                assert position is not None
-                queue, model = self._ready[position], self.models[position]
-                batch = [queue.popleft() for _ in range(min(model.batch_size, len(queue)))]
-                busy_upstream = self._feeding > 0 or self._decoding > 0
-                self._to_decode.notify_all()
+                batch: list[tuple[OpenShard, int, Any, Any]] = []
+                if position is not None:
+                    queue, model = self._ready[position], self.models[position]
+                    batch = [queue.popleft() for _ in range(min(model.batch_size, len(queue)))]
+                    busy_upstream = self._feeding > 0 or self._decoding > 0
+                    self._to_decode.notify_all()
             began = time.perf_counter()
-            if busy_upstream or len(batch) == model.batch_size:
-                self.clock.add("idle", began - start)
-            vectors = model([entry[2] for entry in batch])
+            started: _UnderWay | None = None
+            if position is not None:
+                if busy_upstream or len(batch) == model.batch_size:
+                    self.clock.add("idle", began - start)
+                started = _UnderWay(position, batch, model.submit([entry[2] for entry in batch]))
+            if under_way is not None:
+                self._deliver(under_way)
+                under_way = None
+            if started is not None and model.overlaps:
+                under_way = started
+            elif started is not None:
+                self._deliver(started)
             self.clock.add("model", time.perf_counter() - began)
-            finished = 0
-            for (shard, ordinal, _, waiting), vector in zip(batch, vectors, strict=True):
-                shard.vectors[position].put(ordinal, vector)
-                waiting[0] -= 1
-                if waiting[0] == 0:
-                    shard._finish()
-                    finished += 1
-            if finished and self._on_images is not None:
-                self._on_images(finished)
+
+    def _deliver(self, batch: _UnderWay) -> None:
+        """Wait for a batch's embeddings and give them to their shards."""
+        vectors = batch.collect()
+        finished = 0
+        for (shard, ordinal, _, waiting), vector in zip(batch.entries, vectors, strict=True):
+            shard.vectors[batch.position].put(ordinal, vector)
+            waiting[0] -= 1
+            if waiting[0] == 0:
+                shard._finish()
+                finished += 1
+        if finished and self._on_images is not None:
+            self._on_images(finished)
 
     def _next_batch(self) -> int | None:
         """The step whose batch should run now: a full one, or a partial one when nothing more is coming."""

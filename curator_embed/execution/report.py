@@ -28,6 +28,7 @@ class RunReport:
         shards: ``{"done": by this run, "skipped": finished earlier, "failed": set aside, "left": not begun}``.
         images_without_row: images no table row knows (rows were added for them only with an output path).
         wall_seconds: this run, from the first shard to the last.
+        decoders: images of this run by what decoded them ("pillow", "dali").
         time: busy seconds a stage, summed over all threads of all workers; ``idle`` is how long models waited.
         workers: Dask workers that took part.
         settings: what was settled for the run (device, threads, compile, batch shape), per column.
@@ -45,6 +46,7 @@ class RunReport:
     shards: dict[str, int] = field(default_factory=lambda: {"done": 0, "skipped": 0, "failed": 0, "left": 0})
     images_without_row: int = 0
     images_this_run: int = 0
+    decoders: dict[str, int] = field(default_factory=dict)
     wall_seconds: float = 0.0
     time: dict[str, float] = field(default_factory=lambda: dict.fromkeys(StageClock.STAGES, 0.0))
     workers: int = 1
@@ -77,6 +79,7 @@ class RunReport:
             self.images_without_row += shard.images_without_row
             if not shard.skipped:
                 self.images_this_run += shard.read - shard.no_image
+                self.decoders = dict(sorted((Counter(self.decoders) + Counter(shard.decoders)).items()))
         self._note(f"{note.path}: {note.message}" for note in shard.notes)
         self._note(f"{shard.shard}: {text}" for text in shard.exceptions)
         for key, reason in shard.examples[: max(0, 10 - len(self.examples))]:
@@ -107,6 +110,7 @@ class RunReport:
             "workers": self.workers,
             "shards": self.shards,
             "images_without_row": self.images_without_row,
+            "decoders": self.decoders,
             "settings": self.settings,
             "notes": self.notes + ([f"... and {self.notes_left_out} more"] if self.notes_left_out else []),
             "faults": self.faults,
@@ -137,6 +141,9 @@ class RunReport:
             total = self.wall_seconds * self.workers
             parts = [f"{stage} {self.time[stage] / total:.0%}" for stage in StageClock.STAGES if total > 0]
             lines.append(f"busy           {', '.join(parts)}  (of the wall time; threads add up)")
+        if "dali" in self.decoders:
+            shares = ", ".join(f"{count:,} {name}" for name, count in self.decoders.items())
+            lines.append(f"decoded by     {shares}")
         lines += [f"note           {note}" for note in self.notes[:10]]
         hidden = len(self.notes[10:]) + self.notes_left_out
         if hidden:

@@ -458,8 +458,11 @@ class ShardRun:
         )
 
     def _selected(self, schema: pa.Schema | None) -> list[str] | None:
-        if self.job.select is None or self.job.output is None:
+        if self.job.output is None:
             return None
+        if self.job.select is None:
+            held = self.shard.image_columns
+            return [name for name in schema.names if name not in held] if schema is not None and held else None
         if schema is not None:
             missing = [name for name in self.job.select if name not in schema.names and not self._makes(name)]
             if missing:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from distributed import Worker, get_worker
 
 from curator_embed.errors import UsageError
-from curator_embed.execution.engines import CpuEngine
+from curator_embed.execution.engines import CpuEngine, DaliEngine
 from curator_embed.execution.output import Location
 from curator_embed.execution.pipeline import DecodeEngine, Pipeline
 from curator_embed.execution.provenance import ERROR_COLUMN
@@ -42,14 +42,16 @@ def build_pipeline(job: ShardJob, on_images: Callable[[int], None] | None = None
 
 
 def build_engine(job: ShardJob) -> DecodeEngine:
-    """The decode engine for the job's device."""
+    """The decode engine a job asks for; "dali" runs where the job's models do."""
     if job.engine == "cpu":
         return CpuEngine(job.steps)
-    raise UsageError(f"there is no decode engine '{job.engine}'; choose 'cpu'")
+    if job.engine == "dali":
+        return DaliEngine(job.steps, device=job.device, threads=job.decode_threads)
+    raise UsageError(f"there is no decode engine '{job.engine}'; choose 'cpu' or 'dali'")
 
 
 def read_partition(shard: Shard, job: ShardJob) -> pa.Table:
-    """One shard's table with the pending columns computed, for data frames; nothing is written.
+    """One shard's table with the pending columns computed and without images, for data frames; nothing is written.
 
     Runs in whatever process evaluates the frame, a Dask worker or not.
     """
@@ -59,7 +61,7 @@ def read_partition(shard: Shard, job: ShardJob) -> pa.Table:
             table = run.collect()
             return table if job.steps else table.drop_columns([ERROR_COLUMN])
     with Location.of(job.target(shard), job.storage_options).open_parquet() as parquet:
-        return parquet.read()
+        return parquet.read([name for name in parquet.schema_arrow.names if name not in shard.image_columns])
 
 
 class FramePipelines:

@@ -39,8 +39,9 @@ def save(
     job = dataset.job(path, columns, on_error, overwrite)
     assigned = assigned_columns(dataset)
     certificate = _certificates(dataset, job) if certify else {}
-    report, _ = execute(dataset.shards, job, limit=limit, progress=progress, place=place_on_workers)
-    report.certificate = certificate
+    report, _ = execute(
+        dataset.shards, job, limit=limit, progress=progress, place=place_on_workers, certificate=certificate
+    )
     if assigned is not None:
         write_assigned(assigned, dataset, job)
     saved = dataset.like([shard.with_table(job.target(shard)) for shard in dataset.shards], ())

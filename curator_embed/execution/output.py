@@ -285,10 +285,12 @@ def _pieces(plan: TablePlan) -> Iterator[tuple[pa.Schema, Iterator[tuple[np.ndar
         return
     with plan.source.open_parquet() as parquet:
 
+        names = [n for n in parquet.schema_arrow.names if plan.selected is None or n in plan.selected]
+
         def from_file() -> Iterator[tuple[np.ndarray, pa.Table]]:
             start = 0
             for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group)
+                table = parquet.read_row_group(group, columns=names)
                 piece = kept(start, table)
                 start += table.num_rows
                 if piece is not None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from curator_embed.errors import Reason
+from curator_embed.errors import CuratorEmbedError, Reason
 from curator_embed.steps import BatchModel
 
 
@@ -36,6 +36,10 @@ class Prepared:
     values: dict[int, Mapping[str, Any]] = field(default_factory=dict)
     error: Reason | None = None
     decoder: str | None = None
+
+
+class PipelineClosed(CuratorEmbedError):
+    """The run has ended while a shard was still on its way."""
 
 
 class DecodeEngine(Protocol):
@@ -269,9 +273,12 @@ class Pipeline:
                     self._wake_everybody()
 
     def close(self) -> None:
-        """Stop the threads; anything still queued is dropped."""
+        """Stop the threads; anything still queued is dropped, and shards that still wait for it are told."""
         with self._lock:
             self._closed = True
+            self._fault = self._fault or PipelineClosed("the run has ended before this shard was through")
+            for shard in self._open:
+                shard._fail(self._fault)
             self._wake_everybody()
         for thread in self._threads:
             thread.join()

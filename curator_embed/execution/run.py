@@ -203,6 +203,7 @@ def execute(
     limit: int | None = None,
     progress: bool = True,
     place: Callable[[Client, ShardJob], ShardJob],
+    certificate: dict[str, Any] | None = None,
 ) -> tuple[RunReport, RunPlan]:
     """Carry a job out on the current Dask client, or on one in-process worker.
 
@@ -210,6 +211,7 @@ def execute(
         limit: only the first so many rows.
         progress: show a progress bar.
         place: chooses device and engine once the workers are known.
+        certificate: figures to keep with the report.
 
     Raises:
         UsageError: the job cannot be carried out as asked; nothing was changed.
@@ -221,15 +223,15 @@ def execute(
     check_writable(folder)
     part = shards[0].part
     own = {shard.name for shard in shards} if part else None
-    with OutputLock(folder, part), some_client() as client:
+    with OutputLock(folder, part) as lock, some_client() as client:
         job = place(client, job)
         plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit)
         check_plan(plan)
         clear_temporaries(folder, own)
-        report = RunReport(settings=plan.settings)
+        report = RunReport(settings=plan.settings, certificate=certificate or {})
         started = time.perf_counter()
         with _stop_requests() as stop:
-            _Driver(client, plan, report, limit, stop).run(progress)
+            _Driver(client, plan, report, limit, stop, lock).run(progress)
         report.wall_seconds = time.perf_counter() - started
         clear_temporaries(folder, own)  # of workers that died meanwhile
         _keep(report, folder)
@@ -333,9 +335,16 @@ class _Driver:
     """Hands out tasks and takes in reports."""
 
     def __init__(
-        self, client: Client, plan: RunPlan, report: RunReport, limit: int | None, stop: threading.Event
+        self,
+        client: Client,
+        plan: RunPlan,
+        report: RunReport,
+        limit: int | None,
+        stop: threading.Event,
+        lock: OutputLock,
     ) -> None:
-        self.client, self.plan, self.report, self.limit, self.stop = client, plan, report, limit, stop
+        self.client, self.plan, self.report, self.limit = client, plan, report, limit
+        self.stop, self.lock = stop, lock
         self.run_id = secrets.token_hex(8)
         self.positions_of: dict[str, tuple[int, ...]] = {}
 
@@ -344,6 +353,7 @@ class _Driver:
         for position, found in enumerate(self.plan.surveys):
             if found.done:
                 self.report.add(ShardReport.of_finished(self.plan.shards[position].name, found.footer))
+        finished_before = self.report.read
         threads = self.client.nthreads()
         self.report.workers = max(1, len(threads))
         todo = self.plan.todo
@@ -361,6 +371,8 @@ class _Driver:
                     self._hand_out(groups, max(2, TASKS_UNDER_WAY * sum(threads.values())))
                 else:
                     self._one_by_one(todo, self.limit)
+                # Workers tell of their images now and then; what they have not told yet is in their reports.
+                bar.update(self.report.read - finished_before - bar.n)
             finally:
                 self.client.unsubscribe_topic(topic)
                 self.client.run(close_run, self.run_id, on_error="ignore")
@@ -381,7 +393,7 @@ class _Driver:
                 running.add(self._submit(waiting.popleft()))
         left = sum(len(group) for group in waiting)
         self.report.shards["left"] += left
-        self.report.stopped = self.stop.is_set() and left > 0
+        self.report.stopped = left > 0 and (self.stop.is_set() or self.lock.lost.is_set())
 
     def _one_by_one(self, todo: Sequence[int], limit: int) -> None:
         """With a limit, shards are worked in order until it is reached."""
@@ -397,7 +409,7 @@ class _Driver:
 
     def _stopping(self) -> bool:
         raising = self.plan.job.on_error == "raise" and bool(self.report.faults)
-        return self.stop.is_set() or raising
+        return self.stop.is_set() or raising or self.lock.lost.is_set()
 
     def _take(self, future: Future[list[ShardReport]]) -> list[list[int]]:
         """Count a finished task; returns groups to be tried again."""

@@ -59,7 +59,8 @@ def read_partition(shard: Shard, job: ShardJob) -> pa.Table:
         run = ShardRun(job, shard, pipeline)
         if run.begin():
             table = run.collect()
-            return table if job.steps else table.drop_columns([ERROR_COLUMN])
+            unwanted = {*shard.image_columns, *(() if job.steps else (ERROR_COLUMN,))}
+            return table.drop_columns([name for name in table.column_names if name in unwanted])
     with Location.of(job.target(shard), job.storage_options).open_parquet() as parquet:
         return parquet.read([name for name in parquet.schema_arrow.names if name not in shard.image_columns])
 

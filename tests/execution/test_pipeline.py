@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from curator_embed.errors import Reason
-from curator_embed.execution.pipeline import OpenShard, Pipeline, Prepared, Vectors
+from curator_embed.execution.pipeline import OpenShard, Pipeline, PipelineClosed, Prepared, Vectors
 from curator_embed.steps import BatchModel
 
 
@@ -150,6 +150,16 @@ def test_an_abandoned_shard_leaves_nothing_in_the_queues() -> None:
     after = feed(pipeline, [b"9"] * 4)
     pipeline.close()
     assert after.vectors[0].gather(np.arange(4))[0][:, 0].tolist() == [9] * 4
+
+
+def test_closing_tells_the_shards_that_wait() -> None:
+    pipeline = Pipeline(NumberEngine(), {0: NumberModel(batch_size=4, delay=0.3)}, threads=1)
+    with pipeline.shard([0]) as opened:
+        for ordinal in range(9):
+            opened.submit(ordinal, b"1")
+        threading.Timer(0.1, pipeline.close).start()
+        with pytest.raises(PipelineClosed):
+            opened.wait()
 
 
 def test_vectors_of_many_chunks_are_gathered_by_ordinal() -> None:

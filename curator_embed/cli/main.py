@@ -10,12 +10,15 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from curator_embed import __version__
 from curator_embed.errors import CuratorEmbedError, UsageError
+
+if TYPE_CHECKING:
+    from curator_embed.steps import Step
 
 app = typer.Typer(
     name="curator-embed",
@@ -77,6 +80,22 @@ ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels, where
 StorageOptions = Annotated[
     str | None, typer.Option(help="Options for fsspec as JSON, for instance '{\"anon\": true}' for public S3 buckets.")
 ]
+Hashes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--hash",
+        metavar="KIND",
+        help="Add a column with this hash; give it several times for several. phash, dhash, ahash, whash, colorhash, "
+        "crop_resistant, sha256 (of the encoded bytes, column image_sha256) or pixel_sha256.",
+    ),
+]
+HashSize = Annotated[int, typer.Option(min=2, help="Side of phash, dhash, ahash and whash: its square is their bits.")]
+Properties = Annotated[
+    bool,
+    typer.Option(
+        "--properties", help="Add columns image_width, image_format, image_brightness, image_blur, ...: see the docs."
+    ),
+]
 
 
 @app.command()
@@ -103,6 +122,9 @@ def embed(
     ] = OnError.keep,
     dtype: Annotated[Dtype, typer.Option(help="Type of the stored embeddings.")] = Dtype.float32,
     image_size: ImageSize = None,
+    hash: Hashes = None,
+    hash_size: HashSize = 8,
+    properties: Properties = False,
     compile: Annotated[
         Compile, typer.Option(help="Compile the model: pays on runs of many thousand images.")
     ] = Compile.auto,
@@ -141,6 +163,7 @@ def embed(
     from curator_embed.embedders import TimmImageEmbedder
     from curator_embed.execution.clients import get_client
 
+    measured = _column_steps(hash or [], hash_size, properties)
     if pretrained and weights is not None:
         raise UsageError("--pretrained downloads weights and --weights names a file; give one of them")
     if not pretrained and weights is None:
@@ -166,6 +189,8 @@ def embed(
     )
     with _client(get_client, scheduler=scheduler, workers=workers, gpu=gpu):
         pending = embedder(dataset)
+        for step in measured:
+            pending = step(pending)
         if dry_run:
             from curator_embed.cli.dry_run import describe
 
@@ -177,6 +202,64 @@ def embed(
             on_error=on_error.value,
             overwrite=overwrite,
             certify=certify,
+            limit=limit,
+            progress=not quiet and not as_json,
+        )
+    typer.echo(report.to_json() if as_json else str(report))
+
+
+@app.command()
+def columns(
+    src: Source,
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder for the new parquet files. Without it the columns go into the dataset's own."),
+    ] = None,
+    hash: Hashes = None,
+    hash_size: HashSize = 8,
+    properties: Properties = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Worker processes; by default one worker within this process.")
+    ] = None,
+    id_col: IdCol = "key",
+    on_error: Annotated[
+        OnError, typer.Option(help="Rows whose image fails: keep them with a reason, drop them, or end the run.")
+    ] = OnError.keep,
+    metadata: Annotated[
+        str | None, typer.Option(help="Folder of the parquet files, when they do not lie beside the tars.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a running Dask scheduler, for instance tcp://10.0.0.1:8786.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Work on the first so many rows only.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace columns and files that were made another way.")
+    ] = False,
+    storage_options: StorageOptions = None,
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Add hashes and image properties, without a model.
+
+    All columns come from one decode of each image, and columns that are already there are not computed again:
+    'columns SRC --hash phash --properties' works on a dataset with embeddings as well as on one without.
+    """
+    from curator_embed.datasets import ImageTextPairDataset
+    from curator_embed.execution.clients import get_client
+
+    steps = _column_steps(hash or [], hash_size, properties)
+    if not steps:
+        raise UsageError("nothing to compute: give --hash KIND (several times for several) or --properties")
+    pending = ImageTextPairDataset.from_webdataset(
+        src, id_col=id_col, metadata_path=metadata, storage_options=_options(storage_options)
+    )
+    for step in steps:
+        pending = step(pending)
+    with _client(get_client, scheduler=scheduler, workers=workers, gpu=False):
+        report = pending.save_metadata(
+            output,
+            on_error=on_error.value,
+            overwrite=overwrite,
             limit=limit,
             progress=not quiet and not as_json,
         )
@@ -299,6 +382,14 @@ def version(
     if show:
         typer.echo(__version__)
         raise typer.Exit
+
+
+def _column_steps(hashes: list[str], hash_size: int, properties: bool) -> list[Step]:
+    """The image steps that the options ask for."""
+    from curator_embed.columns import ImageHasher, ImageProperties
+
+    steps: list[Step] = [ImageHasher(hashes, hash_size)] if hashes else []
+    return [*steps, ImageProperties()] if properties else steps
 
 
 def _options(text: str | None) -> dict[str, Any] | None:

@@ -93,7 +93,8 @@ def _schema(dataset: ImageTextPairDataset, job: ShardJob) -> pa.Schema:
     new = {name: kind for step in job.steps for name, kind in step.columns().items()}
     if new:
         new[ERROR_COLUMN] = pa.string()
-    kept = [item for item in base if item.name not in new]
+    images = dataset.shards[0].image_columns
+    kept = [item for item in base if item.name not in new and item.name not in images]
     return pa.schema([*kept, *(pa.field(name, kind) for name, kind in new.items())])
 
 

@@ -185,6 +185,49 @@ class ImageTextPairDataset:
         tabled = with_found_tables(shards, metadata_path, storage_options)
         return cls(tabled, id_col, storage_options=storage_options)
 
+    @classmethod
+    def from_parquet(
+        cls,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        id_col: str | None = None,
+        image_col: str | None = None,
+        *,
+        metadata_path: str | None = None,
+        reading: ReadPolicy | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> ImageTextPairDataset:
+        """Open parquet files that hold the images: img2dataset's parquet format, Hugging Face datasets.
+
+        Every file is a shard. Saved in place, files get columns and keep all they have; a new path gets all
+        columns but the images, unless ``columns=`` names them.
+
+        Args:
+            path: a folder (with its subfolders), a file, a glob, a brace range or several of these; local or any
+                fsspec URL, such as ``hf://datasets/user/name``.
+            id_col: the column of ids; by default "key". Where there is none, rows get ids made of the file's name
+                and their number, the files are not changed, and ``save_metadata()`` without a path writes into
+                a folder beside, ``{folder}_metadata``.
+            image_col: the column of images, binary or a struct of ``bytes`` and ``path``; by default found by its
+                type and name.
+            metadata_path: where parquet files of an earlier run lie, to add columns to them.
+            reading: for images that a struct names by path only: how many are read at a time, timeouts, retries.
+            storage_options: handed on to fsspec.
+
+        Raises:
+            UsageError: no such files or columns, or several columns that could hold the images.
+            SourceError: a file cannot be read.
+        """
+        from curator_embed.sources.parquet import find_parquets
+        from curator_embed.sources.tables import with_found_tables
+
+        found = find_parquets(
+            path, id_col=id_col, image_col=image_col, storage_options=storage_options, policy=reading
+        )
+        shards: list[Shard] = list(found)
+        if metadata_path is not None or found[0].numbered:
+            shards = with_found_tables(shards, metadata_path, storage_options)
+        return cls(shards, found[0].id_col, storage_options=storage_options)
+
     # -- what it is ------------------------------------------------------------------------
 
     @property

@@ -294,7 +294,8 @@ def as_text(line: bytes) -> str:
 def extension(name: str, data: bytes) -> str:
     """The extension of a file name without its dot, or one for what the bytes are when it has none."""
     suffix = os.path.splitext(name)[1][1:].lower()
-    return suffix or sniff(data) or "bin"
+    kind = sniff(data) or "bin"
+    return suffix or {"jpeg": "jpg", "jpeg2000": "jp2", "pnm": "ppm"}.get(kind, kind)
 
 
 def find_lines(

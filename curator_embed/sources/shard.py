@@ -70,6 +70,9 @@ class Shard(ABC):
     """``{name}_{start}-{end}``: the share of a larger dataset that was opened, where runs may write several
     shares into one folder side by side; the same for all its shards. Empty: a run has its folder to itself."""
 
+    image_columns: tuple[str, ...] = ()
+    """Columns of the shard's own table that hold the images: no new output gets them unless asked to."""
+
     @abstractmethod
     def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
         """Yield every sample, bad ones too.

@@ -33,7 +33,7 @@ def photographs(folder: Path | None = None) -> list[Image.Image]:
 
 
 def encoded_images(count: int, folder: Path | None = None, seed: int = 0) -> list[bytes]:
-    """``count`` JPEGs of ImageNet's mean size (468x401, about 110 KB), each a different crop."""
+    """``count`` JPEGs about as large as ImageNet's mean (468x401, 110 KB), each a different crop."""
     rng = random.Random(seed)
     sources = photographs(folder)
     images = []
@@ -45,7 +45,7 @@ def encoded_images(count: int, folder: Path | None = None, seed: int = 0) -> lis
         left, top = rng.uniform(0, source.width - box_w), rng.uniform(0, source.height - box_h)
         crop = source.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + box_w, top + box_h))
         buffer = io.BytesIO()
-        crop.save(buffer, "JPEG", quality=95, subsampling=rng.choice([0, 2]))
+        crop.save(buffer, "JPEG", quality=97, subsampling=rng.choice([0, 2]))
         images.append(buffer.getvalue())
     return images
 

@@ -135,7 +135,7 @@ def _to_planes(image: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> Non
     if (plane, step) != (1, 4) or pitch % 4 or sys.byteorder != "little":
         target[...] = image
         return
-    words = np.lib.stride_tricks.as_strided(image[0], (height, 4 * width), (pitch, 1)).view(np.uint32)
+    words = np.lib.stride_tricks.as_strided(image[0], (height, 4 * width), (pitch, 1)).view(np.int32)
     channel = np.empty_like(words)
     target[0] = np.bitwise_and(words, 255, out=channel)
     for number in (1, 2):

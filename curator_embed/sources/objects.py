@@ -26,6 +26,8 @@ from curator_embed.sources.files import StorageOptions, filesystem, is_remote, l
 LOCAL_AHEAD = 4
 """Local reads that are queued for each thread."""
 
+_S3 = ("s3", "s3a")
+
 
 @dataclass(frozen=True)
 class ReadPolicy:
@@ -157,9 +159,15 @@ class _Reader:
         except (ImportError, ValueError):
             return filesystem(path, self.options)  # which says what is missing
         if (protocol, host) not in self._opened:
-            self._opened[protocol, host] = filesystem(path, self.options)[0]
+            options = _with_connections(self.options, self.policy.in_flight) if protocol in _S3 else self.options
+            self._opened[protocol, host] = filesystem(path, options)[0]
         fs = self._opened[protocol, host]
         return fs, str(fs._strip_protocol(path))
+
+
+def _with_connections(options: dict[str, Any], connections: int) -> dict[str, Any]:
+    """botocore keeps ten connections unless told otherwise."""
+    return {**options, "config_kwargs": {"max_pool_connections": connections, **options.get("config_kwargs", {})}}
 
 
 def _read_local(path: str) -> bytes | Unread:
@@ -175,7 +183,7 @@ def _read_local(path: str) -> bytes | Unread:
 
 async def _read_async(fs: Any, inner: str, path: str, policy: ReadPolicy) -> bytes | Unread:
     # s3fs asks for an object's size first, unless told that it will not be read in pieces.
-    whole = {"max_concurrency": 1} if getattr(fs, "protocol", None) == ("s3", "s3a") else {}
+    whole = {"max_concurrency": 1} if set(_S3) & set(fs.protocol) else {}
     for attempt in range(policy.retries + 1):
         try:
             data: bytes = await asyncio.wait_for(fs._cat_file(inner, **whole), policy.timeout)

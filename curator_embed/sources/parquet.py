@@ -346,7 +346,7 @@ def open_parquet(path: str, storage_options: StorageOptions = None) -> Iterator[
 def _key(value: Any) -> str | None:
     """An id as the text under which rows are compared; None when it is no id."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", "surrogateescape")
+        return str(value, "utf-8", "surrogateescape")
     return None if value != value else id_text(value)
 
 
@@ -354,7 +354,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         at = kind.get_field_index("bytes")
         return at >= 0 and _holds_bytes(kind.field(at).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return any(test(kind) for test in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 def _recorded(schema: pa.Schema) -> dict[str, Any] | None:

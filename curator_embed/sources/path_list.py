@@ -28,6 +28,9 @@ LINE_DIGITS = 9
 
 SCAN_BYTES = 8 << 20
 
+GIVE_UP_AFTER = 32
+"""Images that are tried before a store that answers none of them counts as out of reach."""
+
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -187,11 +190,15 @@ class PathListShard(Shard):
             answer = next(reads)
             if isinstance(answer, Unread):
                 failures.append(answer)
+                if not good and len(failures) == GIVE_UP_AFTER:
+                    self._refuse_unreachable(failures)
                 yield Sample(key, None, answer.reason, answer.detail)
             else:
                 good += 1
                 yield Sample(key, answer)
-        self._judge(good, failures, lines)
+        if failures and not good:
+            self._refuse_unreachable(failures)
+        self._tell(good, failures, lines)
 
     def keys(self, *, id_col: str) -> list[str]:
         """The lines, in order; no image is read."""
@@ -261,16 +268,18 @@ class PathListShard(Shard):
             found[0] = found[0].removeprefix(_BOM)
         return [line.removesuffix(b"\r") for line in found]
 
-    def _judge(self, good: int, failures: list[Unread], lines: list[bytes]) -> None:
-        """Tell what went wrong; refuse to call a shard done when the whole store was out of reach."""
-        unreachable = [f for f in failures if f.reason == Reason.READ_ERROR]
-        if unreachable and not good and len(unreachable) == len(failures):
+    def _refuse_unreachable(self, failures: list[Unread]) -> None:
+        """A shard is not done when the whole store was out of reach."""
+        if all(failure.reason == Reason.READ_ERROR for failure in failures):
             raise SourceError(
                 redact(self.listed.root or self.listed.path),
-                f"not one of the {len(failures)} images of lines {self.lines.start} to {self.lines.end} can be read "
-                f"({unreachable[0].detail})",
+                f"not one of the first {len(failures)} images of lines {self.lines.start} to {self.lines.end} can be "
+                f"read ({failures[0].detail})",
                 "Check root=, the permissions and the connection, and run again: finished files are kept",
             )
+
+    def _tell(self, good: int, failures: list[Unread], lines: list[bytes]) -> None:
+        unreachable = [failure for failure in failures if failure.reason == Reason.READ_ERROR]
         if failures and not good:
             first = redact(self.listed.real_path(next(filter(None, lines))))
             self._note(f"not one image is there; the first was looked for at {first}. Check root= and dataset=")

@@ -1,0 +1,298 @@
+"""S3 against a real server on loopback: right results, faults, and what cannot be reached."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from distributed import Client
+from faulty_proxy import FaultyProxy
+
+from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.errors import Reason, SourceError, UsageError
+from curator_embed.execution.run import RunStopped
+from curator_embed.sources.folder import find_images
+from curator_embed.sources.objects import ReadPolicy
+from curator_embed.sources.path_list import find_lines
+from curator_embed.sources.s3 import S3Options
+from tests.shards import crops, write_dataset
+from tests.stub import ColourEmbedder
+
+moto_server = pytest.importorskip("moto.server", reason="moto's server is not installed")
+s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+
+SECRET = "wJalrXUtnHUNTER2"
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with Client(processes=False, n_workers=1, threads_per_worker=2, dashboard_address=None) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    running = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Credentials lie where AWS's tools look for them, and nowhere else."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAHUNTER2")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture(scope="module")
+def stored(server: str, tmp_path_factory: pytest.TempPathFactory, wheel_photos: list[Path]) -> Path:
+    """A bucket with two tars, with their parquets, and 40 images; the same on disk, and a list of the images."""
+    folder = tmp_path_factory.mktemp("stored")
+    write_dataset(folder / "tars", wheel_photos, shards=2, samples=6)
+    for number, image in enumerate(crops(wheel_photos[0], 40)):
+        path = folder / "images" / f"{number % 4}" / f"{number} ü.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+    lines = [f"laion/{n % 4}/{n} ü.jpg" for n in range(40)]
+    (folder / "list.txt").write_text("\n".join(lines))
+    fs = s3fs.S3FileSystem(endpoint_url=server, key="a", secret="b", skip_instance_cache=True)
+    fs.mkdir("photos")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fs.pipe_file(f"photos/{path.relative_to(folder)}", path.read_bytes())
+    return folder
+
+
+def options(url: str, **more: object) -> S3Options:
+    return S3Options(**{"region": "us-east-1", "endpoint": url, "timeout": 1.0, "retries": 4, **more})  # type: ignore[arg-type]
+
+
+QUICK = ReadPolicy(timeout=2.0, retries=5, backoff=0.01)
+
+
+def test_the_same_results_as_from_disk(client: Client, server: str, stored: Path, tmp_path: Path) -> None:
+    s3 = options(server)
+    for name, there, here in (
+        (
+            "tars",
+            ImageTextPairDataset.from_webdataset("s3://photos/tars", storage_options=s3),
+            ImageTextPairDataset.from_webdataset(str(stored / "tars")),
+        ),
+        (
+            "list",
+            ImageTextPairDataset.from_path_list(
+                stored / "list.txt", "s3://photos/images", "laion", images_per_file=16, storage_options=s3
+            ),
+            ImageTextPairDataset.from_path_list(stored / "list.txt", stored / "images", "laion", images_per_file=16),
+        ),
+        (
+            "folder",
+            ImageTextPairDataset.from_folder("s3://photos/images", 16, storage_options=s3),
+            ImageTextPairDataset.from_folder(stored / "images", 16),
+        ),
+    ):
+        one = ColourEmbedder()(there).save_metadata(str(tmp_path / f"{name}-s3"), progress=False)
+        two = ColourEmbedder()(here).save_metadata(str(tmp_path / f"{name}-disk"), progress=False)
+        assert one.read == two.read and one.embedded == two.embedded > 10
+        for path in (tmp_path / f"{name}-disk").glob("*.parquet"):
+            assert pq.read_table(tmp_path / f"{name}-s3" / path.name).equals(pq.read_table(path))
+
+
+def test_list_and_output_in_the_bucket_and_a_resume(client: Client, server: str, stored: Path) -> None:
+    def dataset() -> ImageTextPairDataset:
+        return ImageTextPairDataset.from_path_list(
+            "s3://photos/list.txt", "s3://photos/images", "laion", images_per_file=16, storage_options=options(server)
+        )
+
+    report = ColourEmbedder()(dataset()).save_metadata("s3://photos/out", progress=False)
+    assert report.embedded == 40
+    again = ColourEmbedder()(dataset()).save_metadata("s3://photos/out", progress=False)
+    assert again.shards["skipped"] == 3 and again.embedded == 40
+
+
+def test_hundreds_are_in_flight_in_their_order(server: str, stored: Path) -> None:
+    with FaultyProxy(server) as proxy:
+        (shard,) = find_lines(
+            stored / "list.txt", root="s3://photos/images", dataset="laion", storage_options=options(proxy.url)
+        )
+        found = list(shard.samples(id_col="path"))
+        assert [s.image for s in found] == [(stored / "images" / s.key[6:]).read_bytes() for s in found]
+        assert proxy.most > 10
+        assert [method for method, _ in proxy.requests] == ["GET"] * 40  # one request an image
+
+
+@pytest.mark.parametrize("fault", ["503", "stall", "cut"])
+def test_a_tenth_of_the_requests_failing_costs_no_image(server: str, stored: Path, fault: str) -> None:
+    with FaultyProxy(server, lambda n, method, path: fault if n % 10 == 3 else "", stall=1.5) as proxy:  # type: ignore[arg-type,return-value]
+        (shard,) = find_lines(
+            stored / "list.txt",
+            root="s3://photos/images",
+            dataset="laion",
+            storage_options=options(proxy.url),
+            policy=QUICK,
+        )
+        found = list(shard.samples(id_col="path"))
+        assert proxy.faults >= 4
+    assert [s.image for s in found] == [(stored / "images" / s.key[6:]).read_bytes() for s in found]
+
+
+@pytest.mark.parametrize("fault", ["503", "stall", "cut"])
+def test_tars_are_read_through_faults(server: str, stored: Path, fault: str) -> None:
+    from curator_embed.sources.webdataset import find_shards
+
+    def choose(n: int, method: str, path: str) -> str:
+        return fault if n % 3 == 0 and method == "GET" else ""
+
+    with FaultyProxy(server, choose, stall=1.5) as proxy:  # type: ignore[arg-type]
+        shards = find_shards("s3://photos/tars", storage_options=options(proxy.url))
+        found = [s for shard in shards for s in shard.samples(id_col="key")]
+        assert proxy.faults > 0
+    local = [s for shard in find_shards(str(stored / "tars")) for s in shard.samples(id_col="key")]
+    assert [(s.key, s.image) for s in found] == [(s.key, s.image) for s in local]
+
+
+def test_a_bucket_that_does_not_exist(client: Client, server: str, stored: Path, tmp_path: Path) -> None:
+    dataset = ImageTextPairDataset.from_path_list(
+        stored / "list.txt", "s3://nosuchbucket/images", "laion", storage_options=options(server)
+    )
+    with pytest.raises(RunStopped, match=r"s3://nosuchbucket/images: .*the bucket does not exist") as stopped:
+        ColourEmbedder()(dataset).save_metadata(str(tmp_path / "out"), progress=False)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+    assert SECRET not in str(stopped.value)
+    with pytest.raises(UsageError, match="s3://nosuchbucket"):
+        ImageTextPairDataset.from_webdataset("s3://nosuchbucket/tars", storage_options=options(server))
+    with pytest.raises(UsageError, match="s3://nosuchbucket"):
+        find_images("s3://nosuchbucket/images", storage_options=options(server))
+
+
+def test_access_denied_is_no_row_and_is_not_tried_again(
+    client: Client, server: str, stored: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FaultyProxy(server, lambda n, method, path: "403") as proxy:
+        dataset = ImageTextPairDataset.from_path_list(
+            stored / "list.txt", "s3://photos/images", "laion", storage_options=options(proxy.url)
+        )
+        with pytest.raises(RunStopped, match=r"s3://photos/images: .*access denied") as stopped:
+            ColourEmbedder()(dataset).save_metadata(str(tmp_path / "out"), progress=False)
+        assert len(proxy.requests) == len(set(proxy.requests)) <= 40
+    assert SECRET not in str(stopped.value) + caplog.text
+    with FaultyProxy(server, lambda n, method, path: "403" if n == 5 else "") as proxy:
+        (shard,) = find_lines(
+            stored / "list.txt", root="s3://photos/images", dataset="laion", storage_options=options(proxy.url)
+        )
+        assert [s.error for s in shard.samples(id_col="path")].count(Reason.READ_ERROR) == 1
+        assert "access denied" in shard.notes()[0].message
+
+
+def test_a_server_that_is_away_is_said_soon(stored: Path) -> None:
+    (shard,) = find_lines(
+        stored / "list.txt",
+        root="s3://photos/images",
+        dataset="laion",
+        storage_options=options("http://127.0.0.1:9", retries=0),
+        policy=ReadPolicy(retries=0, timeout=5.0),
+    )
+    with pytest.raises(SourceError, match="not one of the first 32 images"):
+        list(shard.samples(id_col="path"))
+
+
+def test_an_object_deleted_between_listing_and_reading(
+    client: Client, server: str, stored: Path, tmp_path: Path
+) -> None:
+    fs = s3fs.S3FileSystem(endpoint_url=server, skip_instance_cache=True)
+    images = crops(stored / "images" / "0" / "0 ü.jpg", 3, size=32)
+    for number, image in enumerate(images):
+        fs.pipe_file(f"photos/gone/{number}.jpg", image)
+    fs.pipe_file("photos/gone-tars/0.tar", (stored / "tars" / "00000.tar").read_bytes())
+    fs.pipe_file("photos/gone-tars/1.tar", (stored / "tars" / "00001.tar").read_bytes())
+    folder = ImageTextPairDataset.from_folder("s3://photos/gone", storage_options=options(server))
+    tars = ImageTextPairDataset.from_webdataset("s3://photos/gone-tars", storage_options=options(server))
+    fs.rm_file("photos/gone/1.jpg")
+    report = ColourEmbedder()(folder).save_metadata(str(tmp_path / "folder"), progress=False)
+    assert (report.read, report.embedded, report.reasons) == (3, 2, {"not_found": 1})
+    shard = tars.shards[0]
+    fs.rm_file("photos/gone-tars/0.tar")
+    with pytest.raises(SourceError, match=r"gone-tars/0\.tar: does not exist"):
+        list(shard.samples(id_col="key"))
+
+
+def test_secrets_are_in_nothing_that_is_written(
+    client: Client, server: str, stored: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "curator_embed")
+    given = {
+        "key": "AKIAHUNTER2",
+        "secret": SECRET,
+        "endpoint_url": server,
+        "client_kwargs": {"region_name": "us-east-1"},
+    }
+    dataset = ImageTextPairDataset.from_path_list(
+        stored / "list.txt", "s3://photos/images", "laion", storage_options=given
+    )
+    report = ColourEmbedder()(dataset).save_metadata(str(tmp_path / "out"), progress=False)
+    told = json.dumps(report.to_dict()) + str(report) + repr(dataset) + repr(dataset.shards) + caplog.text
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    for secret in (SECRET, "AKIAHUNTER2"):
+        assert secret not in told and secret.encode() not in written
+
+
+def test_proxies(server: str, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(s3: S3Options) -> bytes | None:
+        (shard,) = find_lines(
+            stored / "list.txt",
+            root="s3://photos/images",
+            dataset="laion",
+            end_line=1,
+            storage_options=s3,
+            policy=ReadPolicy(retries=0, timeout=3.0),
+        )
+        return next(iter(shard.samples(id_col="path"))).image
+
+    expected = (stored / "images" / "0" / "0 ü.jpg").read_bytes()
+    with FaultyProxy(server) as proxy:
+        assert read(options(server, http_proxy=proxy.url)) == expected
+        assert len(proxy.requests) == 1
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert read(options(server, timeout=1.25)) == expected
+        assert len(proxy.requests) == 2
+        assert read(options(server, no_proxy=True)) == expected
+        assert len(proxy.requests) == 2
+
+
+def test_public_buckets_need_no_credentials(server: str, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    fs = s3fs.S3FileSystem(endpoint_url=server, key="a", secret="b", skip_instance_cache=True)
+    fs.call_s3("put_object_acl", Bucket="photos", Key="images/0/0 ü.jpg", ACL="public-read")
+    (shard,) = find_lines(
+        stored / "list.txt",
+        root="s3://photos/images",
+        dataset="laion",
+        end_line=1,
+        storage_options=options(server, anonymous=True),
+    )
+    assert next(iter(shard.samples(id_col="path"))).image is not None
+
+
+def test_options_that_contradict_each_other() -> None:
+    for wrong, message in (
+        ({"no_proxy": True, "http_proxy": "http://p"}, "contradict"),
+        ({"timeout": 0.0}, "greater than 0"),
+        ({"endpoint": "localhost:9000"}, "a URL"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            S3Options(**wrong)  # type: ignore[arg-type]

@@ -123,12 +123,16 @@ def fingerprint(path: str, storage_options: StorageOptions = None) -> dict[str, 
             raise unreadable(path, exc) from exc
         return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     info = remote_info(path, storage_options)
-    size = info.get("size")
-    for name in ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest"):
-        if info.get(name):
-            return {"size": size, "etag": _plain(info[name]).strip('"')}
+    if (tag := etag(info)) is not None:
+        return {"size": info.get("size"), "etag": tag}
     mtime = modified(info)
-    return {"size": size, "mtime": None if mtime is None else _plain(mtime)}
+    return {"size": info.get("size"), "mtime": None if mtime is None else _plain(mtime)}
+
+
+def etag(info: Mapping[str, Any]) -> str | None:
+    """What a store tells a remote file's content by: an etag, a checksum, git's id on the Hugging Face hub."""
+    names = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "Digest", "blob_id")
+    return next((_plain(info[name]).strip('"') for name in names if info.get(name)), None)
 
 
 def modified(info: Mapping[str, Any]) -> Any:

@@ -262,7 +262,7 @@ def _listing(folder: str, storage_options: files.StorageOptions) -> dict[str, st
         raise files.unreadable(folder, exc) from None
     names = ((path.removeprefix(base), info) for path, info in found.items())
     return {
-        name: f"{info.get('size')} {info.get('ETag') or info.get('etag') or files.modified(info)}"
+        name: f"{info.get('size')} {files.etag(info) or files.modified(info)}"
         for name, info in names
         if not any(part.startswith(".") for part in name.split("/"))
     }

@@ -302,21 +302,21 @@ def image_column(schema: pa.Schema, asked: str | None, path: str) -> str:
     Raises:
         UsageError: there is none, or one cannot be told from another; the message names those that could be.
     """
-    able = [item.name for item in schema if _holds_bytes(item.type)]
+    able: list[str] = [item.name for item in schema if _holds_bytes(item.type)]
     if asked is not None:
         if asked in able:
             return asked
         kind = f"holds {schema.field(asked).type}, no image bytes" if asked in schema.names else "is not there"
         raise UsageError(f"{redact(path)}: image column '{asked}' {kind}; those that can hold images: {able or 'none'}")
     usual = [name for name in _USUAL_NAMES if name in able]
-    if usual:
-        return usual[0]
-    if len(able) == 1:
-        return able[0]
-    why = (
-        f"several columns can hold images: {able}. Choose one with" if able else "no column holds bytes. Is it another"
+    if usual or len(able) == 1:
+        return (usual or able)[0]
+    if able:
+        raise UsageError(f"{redact(path)}: several columns can hold images: {able}. Choose one with image_col=")
+    raise UsageError(
+        f"{redact(path)}: no column holds bytes (it has: {', '.join(schema.names[:12])}). A table of paths is opened "
+        "as a path list, the tables of a webdataset with their tars"
     )
-    raise UsageError(f"{redact(path)}: {why} image_col=")
 
 
 @contextmanager

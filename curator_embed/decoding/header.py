@@ -94,24 +94,27 @@ def _orientation(exif: bytes) -> int:
 def _scans_are_whole(data: bytes, start: int) -> bool:
     """Whether the scans hold only markers that may be there, up to an end marker.
 
-    Every one of 360 photographs with 100 bytes zeroed, set, shuffled or cut out of the scan that Pillow refused was
-    told by this.
+    libjpeg decodes around flipped, zeroed or missing bytes and reports nothing, in Pillow and in DALI. What Pillow
+    refuses is nearly always told by a marker out of place (all but 1 of 300 refused among 1,200 damaged photographs).
     """
     values = np.frombuffer(data, np.uint8)[start:]
     places = np.flatnonzero(values[:-1] == 0xFF)
     followers = values[places + 1]
     # Stuffed zeros, restarts and fill bytes belong to the coded data; hardly anything else follows a 0xFF there.
     inside = (followers == 0x00) | ((followers & 0xF8) == 0xD0) | (followers == 0xFF)
-    resume = 0
+    resume, in_scan = start, False
     for place in (places[~inside] + start).tolist():
         if place < resume:
             continue
+        if not in_scan and data[resume:place].strip(b"\xff"):
+            return False  # between scans, segments follow one another
         marker = data[place + 1]
         if marker == _EOI:
             return True
         if marker not in _BETWEEN_SCANS:
             return False
         resume = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        in_scan = marker == 0xDA
     return False
 
 

@@ -130,11 +130,13 @@ class DaliEngine:
 
 def _spec_for_dali(step: Step) -> PreprocessSpec | None:
     """The spec of an embedder whose ``prepare`` does that and nothing else; None for steps that must see the image."""
+    from curator_embed.decoding.dali import FILTERS
     from curator_embed.embedders.base import ImageEmbedder
 
     if not isinstance(step, ImageEmbedder) or step.reads_own_shards or type(step).prepare is not ImageEmbedder.prepare:
         return None
-    return step.spec if isinstance(step.spec, PreprocessSpec) else None
+    understood = isinstance(step.spec, PreprocessSpec) and step.spec.interpolation in FILTERS
+    return step.spec if understood else None
 
 
 def decode_options(steps: Sequence[Step]) -> tuple[Limits, bool]:

@@ -6,6 +6,7 @@ import hashlib
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from curator_embed.columns import HASH_KINDS, ImageHasher
-from curator_embed.decoding.image import DecodedImage
+from curator_embed.decoding.image import DecodedImage, once
 from curator_embed.errors import UsageError
 
 QUICK: dict[str, Callable[..., object]] = {
@@ -114,6 +115,24 @@ def test_threads_give_what_one_thread_gives(photos: dict[str, DecodedImage]) -> 
     fresh = [DecodedImage(image.encoded, image.original, image.format) for image in images * 3]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(hasher.measure, fresh)) == alone * 3
+
+
+def test_threads_convert_different_images_side_by_side() -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    class Meeting:
+        @once
+        def value(self) -> int:
+            return both.wait()
+
+    # A lock shared by the instances, as cached_property has one before Python 3.12, would keep them from meeting.
+    with ThreadPoolExecutor(2) as pool:
+        assert sorted(pool.map(lambda meeting: meeting.value, [Meeting(), Meeting()])) == [0, 1]
+
+
+def test_grey_and_rgb_are_made_once(photos: dict[str, DecodedImage]) -> None:
+    image = photos["rocket.jpg"]
+    assert image.grey is image.grey and image.rgb is image.rgb
 
 
 def test_a_hasher_travels() -> None:

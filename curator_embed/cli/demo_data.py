@@ -30,7 +30,7 @@ PHOTOGRAPHS = {
     "clock": ("skimage", "data/clock_motion.png", "a clock, blurred by motion"),
     "coffee": ("skimage", "data/coffee.png", "a cup of coffee on a wooden table"),
     "coins": ("skimage", "data/coins.png", "old coins in rows"),
-    "flower": ("sklearn", "datasets/images/flower.jpg", "a pink flower"),
+    "flower": ("sklearn", "datasets/images/flower.jpg", "an orange flower"),
     "galaxies": ("skimage", "data/hubble_deep_field.jpg", "distant galaxies in a black sky"),
     "grass": ("skimage", "data/grass.png", "grass from above"),
     "gravel": ("skimage", "data/gravel.png", "gravel from above"),

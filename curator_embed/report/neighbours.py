@@ -84,7 +84,8 @@ def contact_sheet(
 
     Args:
         groups: rows, top to bottom; they may have different numbers of neighbours.
-        title, subtitle: at the top.
+        title: at the top.
+        subtitle: below it, smaller.
         headings: above the query, the neighbours, and what is set apart.
         legend: what a green frame means; drawn with a sample of it.
 

@@ -1,0 +1,290 @@
+"""The options by which every command opens its source, and what they mean.
+
+A command decorated with ``takes_source`` has them all and gets them as one ``SourceOptions``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+from curator_embed.errors import UsageError
+
+if TYPE_CHECKING:
+    from curator_embed.datasets import ImageTextPairDataset
+
+
+class SourceKind(StrEnum):
+    """What SRC is."""
+
+    auto = "auto"
+    webdataset = "webdataset"
+    path_list = "path-list"
+    folder = "folder"
+    parquet = "parquet"
+
+
+_LIST_ENDINGS = (".txt", ".lst", ".list")
+_LIST = "Path lists: "
+_S3 = "S3: "
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What the options about the source say; see each one's help."""
+
+    source: Annotated[
+        SourceKind, typer.Option(help="What SRC is; by default seen from its ending, or from what lies in the folder.")
+    ] = SourceKind.auto
+    id_col: Annotated[
+        str | None,
+        typer.Option(
+            help="Column by which rows and images meet. By default 'key', the tar's own key (other names come from the "
+            "json); 'path' for path lists and folders."
+        ),
+    ] = None
+    metadata: Annotated[
+        str | None, typer.Option(help="Folder of the parquet files, when they do not lie where they would by default.")
+    ] = None
+    use_index_files: Annotated[
+        bool, typer.Option("--use-index-files", help="Let .idx files beside the tars say which samples count.")
+    ] = False
+    image_col: Annotated[str | None, typer.Option(help="Parquet: the column that holds the images.")] = None
+    root: Annotated[
+        str | None,
+        typer.Option(
+            "--root", "--target-dir", help=_LIST + "what the paths are below, a folder or s3://bucket/prefix."
+        ),
+    ] = None
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Path lists and folders: the name that output files begin with; lines of a list may begin with "
+            "it and a slash, which is no part of the path."
+        ),
+    ] = None
+    start_line: Annotated[int, typer.Option(min=0, help=_LIST + "the first line wanted, counted from 0.")] = 0
+    end_line: Annotated[int | None, typer.Option(help=_LIST + "the line after the last one wanted.")] = None
+    images_per_file: Annotated[
+        int | None, typer.Option(min=1, help="Path lists and folders: rows of an output file.  [default: 1024]")
+    ] = None
+    batch_per_inference: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --inference-per-file: rows of a file are --batch-size times this times that."),
+    ] = None
+    inference_per_file: Annotated[int | None, typer.Option(min=1, help="See --batch-per-inference.")] = None
+    in_flight: Annotated[
+        int, typer.Option(min=1, help="Path lists and folders: remote images that are read at a time.")
+    ] = 256
+    region: Annotated[str | None, typer.Option("--region", "--region-name", help=_S3 + "the bucket's region.")] = None
+    endpoint: Annotated[str | None, typer.Option(help=_S3 + "URL of a server other than Amazon's.")] = None
+    anonymous: Annotated[bool, typer.Option("--anonymous", help=_S3 + "send no credentials (public buckets).")] = False
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds to wait for a remote answer before it is asked for again.")
+    ] = 60.0
+    retries: Annotated[
+        int, typer.Option("--retries", "--retry", min=0, help="Further attempts at a remote read, with growing pauses.")
+    ] = 5
+    http_proxy: Annotated[str | None, typer.Option(help=_S3 + "URL of the proxy for http endpoints.")] = None
+    https_proxy: Annotated[str | None, typer.Option(help=_S3 + "URL of the proxy for https endpoints.")] = None
+    no_proxy: Annotated[bool, typer.Option("--no-proxy", help=_S3 + "use no proxy, whatever the environment says.")] = (
+        False
+    )
+    storage_options: Annotated[
+        str | None,
+        typer.Option(help='Further options for fsspec as JSON, for instance \'{"token": "anon"}\' for gs://.'),
+    ] = None
+    process_index: Annotated[
+        int, typer.Option(min=0, help="Number of this process among those that work side by side: names its log.")
+    ] = 0
+    log_dir: Annotated[
+        str | None, typer.Option(help="Folder for a log of this run, '{dataset}_{process_index}.txt'.")
+    ] = None
+
+    def open(self, src: str, *, output: str | None = None, batch_size: int = 1) -> ImageTextPairDataset:
+        """Open the source.
+
+        Args:
+            output: where the command writes: options for S3 hold there, too.
+            batch_size: of the command, for ``--batch-per-inference``.
+
+        Raises:
+            UsageError: options that contradict each other or do not belong to such a source, or nothing there.
+        """
+        from curator_embed.datasets import ImageTextPairDataset
+        from curator_embed.sources.objects import ReadPolicy
+
+        storage = self._storage(src, output)
+        kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
+        self._check(kind)
+        reading = ReadPolicy(in_flight=self.in_flight, timeout=self.timeout, retries=self.retries)
+        common: dict[str, Any] = {"metadata_path": self.metadata, "storage_options": storage}
+        if kind is SourceKind.path_list:
+            return ImageTextPairDataset.from_path_list(
+                src,
+                self.root,
+                self.dataset,
+                self.start_line,
+                self.end_line,
+                self._rows(batch_size),
+                id_col=self.id_col or "path",
+                reading=reading,
+                **common,
+            )
+        if kind is SourceKind.folder:
+            return ImageTextPairDataset.from_folder(
+                src,
+                self._rows(batch_size),
+                dataset=self.dataset,
+                id_col=self.id_col or "path",
+                reading=reading,
+                **common,
+            )
+        if kind is SourceKind.parquet:
+            return ImageTextPairDataset.from_parquet(src, self.id_col, self.image_col, reading=reading, **common)
+        return ImageTextPairDataset.from_webdataset(
+            src, id_col=self.id_col or "key", use_index_files=self.use_index_files, **common
+        )
+
+    @contextmanager
+    def logging(self, src: str) -> Iterator[Callable[[str], None]]:
+        """A function that writes to this process's log; the run's beginning and how it ends are in it, too."""
+        if self.log_dir is None:
+            yield lambda text: None
+            return
+        os.makedirs(self.log_dir, exist_ok=True)
+        name = self.dataset or os.path.splitext(os.path.basename(src.rstrip("/")))[0]
+        with open(os.path.join(self.log_dir, f"{name}_{self.process_index}.txt"), "a", encoding="utf-8") as file:
+
+            def write(text: str) -> None:
+                for line in text.splitlines():
+                    file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {line}\n")
+                file.flush()
+
+            span = f", lines {self.start_line} to {'the end' if self.end_line is None else self.end_line}"
+            write(f"begin {name}{span}")
+            try:
+                yield write
+            except BaseException as error:
+                write(f"stopped: {error or type(error).__name__}")
+                raise
+            write("end")
+
+    def _rows(self, batch_size: int) -> int:
+        product = self.batch_per_inference, self.inference_per_file
+        if product == (None, None):
+            return self.images_per_file or 1024
+        if self.images_per_file is not None:
+            raise UsageError("--images-per-file and --inference-per-file both say how many rows a file has; give one")
+        return batch_size * (self.batch_per_inference or 1) * (self.inference_per_file or 1)
+
+    def _storage(self, src: str, output: str | None) -> dict[str, Any]:
+        from curator_embed.sources.s3 import S3Options
+
+        given = self._given("region", "endpoint", "anonymous", "http_proxy", "https_proxy", "no_proxy")
+        storage: dict[str, Any] = {}
+        if any((place or "").startswith(("s3://", "s3a://")) for place in (src, self.root, self.metadata, output)):
+            options = S3Options(**given, timeout=self.timeout, retries=self.retries, connections=self.in_flight)
+            storage.update(options)
+        elif given:
+            option = f"--{next(iter(given)).replace('_', '-')}"
+            raise UsageError(f"{option} is for buckets, and neither SRC nor --root nor --output begins with s3://")
+        if self.storage_options is not None:
+            try:
+                more = json.loads(self.storage_options)
+            except ValueError as error:
+                raise UsageError(f"--storage-options is no JSON: {error}") from None
+            if not isinstance(more, dict):
+                raise UsageError("--storage-options must be a JSON object")
+            storage |= more
+        return storage
+
+    def _check(self, kind: SourceKind) -> None:
+        for kinds, names in (
+            ((SourceKind.path_list,), ("root", "start_line", "end_line")),
+            (
+                (SourceKind.path_list, SourceKind.folder),
+                ("dataset", "images_per_file", "batch_per_inference", "inference_per_file"),
+            ),
+            ((SourceKind.parquet,), ("image_col",)),
+            ((SourceKind.webdataset,), ("use_index_files",)),
+        ):
+            wrong = [] if kind in kinds else list(self._given(*names))
+            if wrong:
+                option = f"--{wrong[0].replace('_', '-')}"
+                raise UsageError(
+                    f"{option} is for {' and '.join(kinds)}, and this is a {kind}; say --source if it is not"
+                )
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        """The options among these that differ from their defaults."""
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
+
+
+def detect(src: str, storage_options: dict[str, Any]) -> SourceKind:
+    """See what a source is: by its ending, or for a folder by what lies in it."""
+    from curator_embed.sources import files
+    from curator_embed.sources.sniff import IMAGE_EXTENSIONS
+
+    ending = os.path.splitext(src)[1].lower()
+    if ending in _LIST_ENDINGS:
+        return SourceKind.path_list
+    if ending == ".tar" or (not files.is_folder(src, storage_options) and ending != ".parquet"):
+        return SourceKind.webdataset
+    if ending == ".parquet":
+        return SourceKind.parquet if _holds_images(src, storage_options) else SourceKind.webdataset
+    found = files.list_files(src, "", storage_options, recursive=True)
+    endings = {os.path.splitext(path)[1].lower() for path in found}
+    if ".tar" in endings:
+        return SourceKind.webdataset
+    parquets = [path for path in found if path.lower().endswith(".parquet")]
+    if parquets:
+        return SourceKind.parquet if _holds_images(parquets[0], storage_options) else SourceKind.webdataset
+    return SourceKind.folder if any(e[1:] in IMAGE_EXTENSIONS for e in endings) else SourceKind.webdataset
+
+
+def _holds_images(path: str, storage_options: dict[str, Any]) -> bool:
+    """Whether a parquet file (of a glob or brace range: the first) has a column of bytes, and no tar beside it."""
+    from curator_embed.errors import CuratorEmbedError
+    from curator_embed.sources import files
+    from curator_embed.sources.parquet import find_parquets
+
+    try:
+        first = find_parquets(path, storage_options=storage_options)[0].path
+    except CuratorEmbedError:
+        return False
+    return not files.exists(f"{os.path.splitext(first)[0]}.tar", storage_options)
+
+
+def takes_source(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of ``SourceOptions`` in place of its parameter ``source``."""
+    own = inspect.signature(command, eval_str=True)
+    hints = get_type_hints(SourceOptions, include_extras=True)
+    added = [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name])
+        for item in fields(SourceOptions)
+        if item.default is not MISSING
+    ]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        options = SourceOptions(**{parameter.name: given.pop(parameter.name) for parameter in added})
+        command(source=options, **given)
+
+    kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.parameters.values() if p.name != "source"]
+    parameters = [*kept, *added]
+    with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+    del with_options.__wrapped__  # type: ignore[attr-defined]
+    return with_options

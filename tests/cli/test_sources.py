@@ -1,0 +1,130 @@
+"""The command on path lists, folders and parquet files, and the options that belong to each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from curator_embed.cli.source_options import SourceKind, SourceOptions, detect
+from curator_embed.errors import UsageError
+from tests.shards import crops, write_dataset
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def images(tmp_path: Path, wheel_photos: list[Path]) -> Path:
+    """A folder of 10 images, a list of them, and the same in a parquet file."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    encoded = crops(wheel_photos[0], 10, size=48)
+    for number, image in enumerate(encoded):
+        (folder / f"{number}.jpg").write_bytes(image)
+    (tmp_path / "list.txt").write_text("".join(f"laion/{n}.jpg\n" for n in range(10)))
+    (tmp_path / "parquets").mkdir()
+    pq.write_table(pa.table({"key": list("abcdefghij"), "image": encoded}), tmp_path / "parquets" / "0.parquet")
+    return tmp_path
+
+
+def columns(folder: Path) -> dict[str, list[str]]:
+    return {path.name: pq.read_schema(path).names for path in sorted(folder.glob("*.parquet"))}
+
+
+def test_a_path_list_in_two_parts_with_logs(run: Run, images: Path, tmp_path: Path) -> None:
+    out, logs = tmp_path / "out", tmp_path / "logs"
+    for index, (start, end) in enumerate(((0, 4), (4, 10))):
+        ran = run(
+            "columns", images / "list.txt", "--hash", "sha256", "--output", out, "--target-dir", images / "images",
+            "--dataset", "laion", "--start-line", start, "--end-line", end, "--images-per-file", 4,
+            "--process-index", index, "--log-dir", logs, "--json",
+        )  # fmt: skip
+        assert ran.status == 0, ran.err
+        assert json.loads(ran.out)["embedded"] == end - start
+    assert list(columns(out)) == [f"laion_{a:09d}-{b:09d}.parquet" for a, b in ((0, 4), (4, 8), (8, 10))]
+    assert set(map(tuple, columns(out).values())) == {("path", "image_sha256", "image_error")}
+    assert sorted(path.name for path in logs.iterdir()) == ["laion_0.txt", "laion_1.txt"]
+    log = (logs / "laion_1.txt").read_text()
+    assert "begin laion, lines 4 to 10" in log and "read" in log and log.rstrip().endswith("end")
+
+
+def test_rows_of_a_file_as_a_product(run: Run, images: Path, tmp_path: Path) -> None:
+    ran = run(
+        "embed", images / "list.txt", "--model", "test_vit", "--root", images / "images", "--dataset", "laion",
+        "--output", tmp_path / "out", "--batch-size", 2, "--batch-per-inference", 1, "--inference-per-file", 3,
+        "--num-workers", 1, "--num-threads", 2, "--quiet",
+    )  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert [pq.read_metadata(path).num_rows for path in sorted((tmp_path / "out").glob("*.parquet"))] == [6, 4]
+    assert next(iter(columns(tmp_path / "out").values())) == ["path", "image_embedding", "image_error"]
+
+
+@pytest.mark.parametrize(("name", "column"), [("images", "path"), ("parquets", "key"), ("parquets/0.parquet", "key")])
+def test_folders_and_parquet_are_recognised(run: Run, images: Path, tmp_path: Path, name: str, column: str) -> None:
+    ran = run("columns", images / name, "--hash", "sha256", "--output", tmp_path / "out", "--quiet")
+    assert ran.status == 0, ran.err
+    assert list(columns(tmp_path / "out").values()) == [[column, "image_sha256", "image_error"]]
+
+
+def test_what_a_source_is(images: Path, wheel_photos: list[Path]) -> None:
+    write_dataset(images / "wds", wheel_photos, shards=1, samples=1)
+    (images / "tables").mkdir()
+    (images / "wds" / "00000.parquet").rename(images / "tables" / "00000.parquet")
+    for name, kind in (
+        ("list.txt", SourceKind.path_list),
+        ("images", SourceKind.folder),
+        ("parquets", SourceKind.parquet),
+        ("parquets/*.parquet", SourceKind.parquet),
+        ("parquets/0.parquet", SourceKind.parquet),
+        ("tables", SourceKind.webdataset),
+        ("tables/00000.parquet", SourceKind.webdataset),
+        ("wds", SourceKind.webdataset),
+        ("wds/{00000..00001}.tar", SourceKind.webdataset),
+        ("nowhere", SourceKind.webdataset),
+    ):
+        assert detect(str(images / name), {}) is kind, name
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"root": "x", "source": SourceKind.webdataset}, "--root is for path-list"),
+        ({"image_col": "jpg"}, "--image-col is for parquet"),
+        ({"use_index_files": True}, "--use-index-files is for webdataset"),
+        ({"region": "eu-central-1"}, "--region is for buckets"),
+        ({"images_per_file": 5, "inference_per_file": 5}, "give one"),
+        ({"root": "s3://b", "no_proxy": True, "http_proxy": "http://p"}, "contradict"),
+        ({"storage_options": "[1]"}, "must be a JSON object"),
+    ],
+)
+def test_options_that_do_not_belong_together(images: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        SourceOptions(**options).open(str(images / "list.txt"))
+
+
+def test_options_of_buckets_reach_the_file_system(images: Path) -> None:
+    options = SourceOptions(
+        root="s3://bucket/x", region="eu-central-1", endpoint="http://localhost:1", anonymous=True, timeout=7.0,
+        retries=2, http_proxy="http://proxy:3128", in_flight=99, storage_options='{"requester_pays": true}',
+    )  # fmt: skip
+    dataset = options.open(str(images / "list.txt"))
+    assert dataset.storage_options == {
+        "anon": True,
+        "endpoint_url": "http://localhost:1",
+        "client_kwargs": {"region_name": "eu-central-1"},
+        "requester_pays": True,
+        "config_kwargs": {
+            "connect_timeout": 7.0,
+            "read_timeout": 7.0,
+            "retries": {"max_attempts": 3, "mode": "standard"},
+            "max_pool_connections": 99,
+            "proxies": {"http": "http://proxy:3128"},
+        },
+    }
+    policy = dataset.shards[0].listed.policy  # type: ignore[attr-defined]
+    assert (policy.in_flight, policy.timeout, policy.retries) == (99, 7.0, 2)

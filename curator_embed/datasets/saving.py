@@ -89,16 +89,27 @@ def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
         raise UsageError(f"the embedders of one run ask for different devices: {sorted(asked)}")
     if asked:
         device = asked.pop()
-    else:
+    elif any(isinstance(step, BatchStep) for step in job.steps):
         device = "cuda" if all(client.run(_sees_gpu).values()) else "cpu"
+    else:
+        device = "cpu"  # nothing here has a model: torch need not even be imported
     steps: tuple[Step, ...] = tuple(
         step.on_device(device) if isinstance(step, BatchStep) else step for step in job.steps
     )
-    return dataclasses.replace(job, steps=steps, device=device, engine=_engine_for(device))
+    return dataclasses.replace(job, steps=steps, device=device, engine=engine_for(device, job.steps))
 
 
-def _engine_for(device: str) -> Literal["cpu", "dali"]:
-    """DALI decodes where the model has a GPU and DALI is installed."""
+def engine_for(device: str, steps: Sequence[Step]) -> Literal["cpu", "dali"]:
+    """The decoder the embedders ask for; DALI by default where the models have a GPU and DALI is installed.
+
+    Raises:
+        UsageError: they ask for different ones.
+    """
+    asked = {getattr(step, "decoder", "auto") for step in steps} - {"auto"}
+    if len(asked) > 1:
+        raise UsageError("the embedders of one run share one decode, but ask for decoder='cpu' and decoder='dali'")
+    if asked:
+        return "dali" if asked.pop() == "dali" else "cpu"
     if device.startswith("cuda"):
         from importlib.util import find_spec
 

@@ -43,6 +43,7 @@ IMAGENET = PreprocessSpec(
 )
 """The preprocessing of an embedder that names none: bicubic to 256, centre crop 224, ImageNet's mean and std."""
 
+DECODERS = ("auto", "cpu", "dali")
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 
 
@@ -70,6 +71,8 @@ class ImageEmbedder(BatchStep):
         use_index_files: read ``.idx`` files beside tars in ``load_dataset_shard``.
         honour_exif: turn images as their EXIF says. timm does not, and neither does this by default.
         max_image_pixels: images with more are not decoded (``too_large``); None for Pillow's own limit.
+        decoder: "cpu" for Pillow, "dali" for DALI (on a CPU too, for comparison: it is slower there); "auto" for DALI
+            where the model runs on a GPU and DALI is installed.
 
     Raises:
         UsageError: an argument does not make sense; the message says which.
@@ -92,6 +95,7 @@ class ImageEmbedder(BatchStep):
         use_index_files: bool = False,
         honour_exif: bool = False,
         max_image_pixels: int | None = None,
+        decoder: Literal["auto", "cpu", "dali"] = "auto",
     ) -> None:
         for name, number in (("batch_size", batch_size), ("num_threads_per_worker", num_threads_per_worker)):
             if not isinstance(number, int) or number < 1:
@@ -100,6 +104,8 @@ class ImageEmbedder(BatchStep):
             raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
         if compile not in ("auto", True, False):
             raise UsageError(f"compile must be 'auto', True or False, not {compile!r}")
+        if decoder not in DECODERS:
+            raise UsageError(f"decoder must be one of {', '.join(DECODERS)}, not {decoder!r}")
         if device is not None:
             try:
                 torch.device(device)
@@ -111,7 +117,7 @@ class ImageEmbedder(BatchStep):
         self.classifiers = tuple(classifiers)
         self.spec: Spec = _spec_of(transform)
         self.device, self.compile, self.use_index_files = device, compile, use_index_files
-        self.honour_exif = honour_exif
+        self.honour_exif, self.decoder = honour_exif, decoder
         self.limits = Limits() if max_image_pixels is None else Limits(max_image_pixels, max_image_pixels)
         self._threads: int | None = None
         # Shared by the copies that ``settled`` and ``on_device`` make; models do not travel to other processes.

@@ -62,6 +62,7 @@ class TimmImageEmbedder(ImageEmbedder):
         transform: Any = None,
         honour_exif: bool = False,
         max_image_pixels: int | None = None,
+        decoder: Literal["auto", "cpu", "dali"] = "auto",
     ) -> None:
         self.blueprint = Blueprint.of(model_name, image_size)
         self._follows_name = transform is None
@@ -80,6 +81,7 @@ class TimmImageEmbedder(ImageEmbedder):
             use_index_files=use_index_files,
             honour_exif=honour_exif,
             max_image_pixels=max_image_pixels,
+            decoder=decoder,
         )
         self.pretrained, self.image_size = pretrained, image_size
         # Absolute: workers may have another working directory.

@@ -45,9 +45,7 @@ def decoder(*specs: PreprocessSpec, **options: Any) -> DaliDecoder:
 
 
 @pytest.fixture(scope="session")
-def pictures(
-    photo: Image.Image, wheel_photos: list[Path], encode: Callable[..., bytes]
-) -> dict[str, bytes]:
+def pictures(photo: Image.Image, wheel_photos: list[Path], encode: Callable[..., bytes]) -> dict[str, bytes]:
     """Encoded photographs as they are, and one in shapes that go wrong."""
     found = {path.stem: path.read_bytes() for path in wheel_photos}
     shaped = {name: photo.resize(size, Image.Resampling.BICUBIC) for name, size in SHAPES.items()}

@@ -286,5 +286,5 @@ def takes_source(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [*kept, *added]
     with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {p.name: p.annotation for p in parameters}
-    del with_options.__wrapped__  # type: ignore[attr-defined]
+    del with_options.__wrapped__
     return with_options

@@ -14,7 +14,7 @@ import pyarrow as pa
 from curator_embed.errors import UsageError
 from curator_embed.execution.output import Location
 from curator_embed.execution.provenance import Footer, canonical_json
-from curator_embed.sources.files import list_files, natural_key
+from curator_embed.sources.files import is_folder, list_files, natural_key
 
 
 @dataclass
@@ -80,6 +80,8 @@ def describe_dataset(path: str, *, storage_options: Mapping[str, Any] | None = N
     options = dict(storage_options or {})
     if path.endswith(".parquet"):
         tables, tars = [path], []
+    elif not path.endswith(".tar") and not is_folder(path, options):
+        raise UsageError(f"{path}: no such folder, and no tar or parquet file")
     else:
         tables = sorted(list_files(path, ".parquet", options), key=natural_key)
         tars = [path] if path.endswith(".tar") else list_files(path, ".tar", options)

@@ -32,12 +32,14 @@ from curator_embed.execution.planning import group_shards
 from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import ShardJob, ShardReport, Survey, look, survey
-from curator_embed.execution.worker import close_run, progress_topic, run_task
+from curator_embed.execution.worker import close_run, progress_topic, run_task, stop_run
 from curator_embed.sources.files import fingerprint
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Step
 
 SURVEY_THREADS = 8
+STOP_EVERY_S = 0.2
+"""How often it is looked whether the workers must be told to stop."""
 TASKS_UNDER_WAY = 2
 """Tasks handed to Dask for each of a worker's threads: one runs, one waits."""
 
@@ -365,17 +367,36 @@ class _Driver:
             self.bar = bar
             self.client.subscribe_topic(topic, lambda event: bar.update(event[1]["images"]))
             try:
-                if self.limit is None:
-                    sizes = [int(self.plan.shards[p].fingerprint().get("size") or 0) for p in todo]
-                    groups = [[todo[n] for n in group] for group in group_shards(sizes, len(threads))]
-                    self._hand_out(groups, max(2, TASKS_UNDER_WAY * sum(threads.values())))
-                else:
-                    self._one_by_one(todo, self.limit)
-                # Workers tell of their images now and then; what they have not told yet is in their reports.
-                bar.update(self.report.read - finished_before - bar.n)
+                with self._passing_on_stops():
+                    if self.limit is None:
+                        sizes = [int(self.plan.shards[p].fingerprint().get("size") or 0) for p in todo]
+                        groups = [[todo[n] for n in group] for group in group_shards(sizes, len(threads))]
+                        self._hand_out(groups, max(2, TASKS_UNDER_WAY * sum(threads.values())))
+                    else:
+                        self._one_by_one(todo, self.limit)
+                    # Workers tell of their images now and then; what they have not told yet is in their reports.
+                    bar.update(self.report.read - finished_before - bar.n)
             finally:
                 self.client.unsubscribe_topic(topic)
                 self.client.run(close_run, self.run_id, on_error="ignore")
+
+    @contextmanager
+    def _passing_on_stops(self) -> Iterator[None]:
+        """Tell the workers when the run is to stop: the tasks they have may hold much of it."""
+        over = threading.Event()
+
+        def pass_on() -> None:
+            while not over.wait(STOP_EVERY_S):
+                if self.stop.is_set() or self.lock.lost.is_set():
+                    self.client.run(stop_run, self.run_id, on_error="ignore")  # again and again: workers may be new
+
+        thread = threading.Thread(target=pass_on, name="stop-requests", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(5)
 
     def _submit(self, positions: Sequence[int], limit: int | None = None) -> Future[list[ShardReport]]:
         shards = [self.plan.shards[p] for p in positions]
@@ -391,15 +412,21 @@ class _Driver:
                 waiting.appendleft(again)
             while waiting and not self._stopping() and running.count() < under_way:
                 running.add(self._submit(waiting.popleft()))
-        left = sum(len(group) for group in waiting)
-        self.report.shards["left"] += left
-        self.report.stopped = left > 0 and (self.stop.is_set() or self.lock.lost.is_set())
+        self._leave(sum(len(group) for group in waiting))
+
+    def _leave(self, shards: int) -> None:
+        """Count shards that were not begun."""
+        self.report.shards["left"] += shards
+        self.report.stopped = self.report.shards["left"] > 0 and (self.stop.is_set() or self.lock.lost.is_set())
 
     def _one_by_one(self, todo: Sequence[int], limit: int) -> None:
         """With a limit, shards are worked in order until it is reached."""
         left = limit - self.report.read
-        for position in todo:
-            if left <= 0 or self._stopping():
+        for number, position in enumerate(todo):
+            if left <= 0:
+                break
+            if self._stopping():
+                self._leave(len(todo) - number)
                 break
             rows = self.plan.surveys[position].rows
             future = self._submit([position], None if rows is not None and rows <= left else left)
@@ -426,6 +453,7 @@ class _Driver:
             future.release()
         for report in reports:
             self.report.add(report)
+        self._leave(len(positions) - len(reports))
         self.bar.set_postfix(failed=self.report.failed, refresh=False)
         return []
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -664,11 +664,19 @@ def _naming(shard: Shard) -> Iterator[None]:
 
 
 def run_group(
-    shards: Sequence[Shard], job: ShardJob, pipeline: Pipeline, limit: int | None = None
+    shards: Sequence[Shard],
+    job: ShardJob,
+    pipeline: Pipeline,
+    limit: int | None = None,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[ShardReport]:
     """Run several shards one after another, reading the next while the last is still being embedded.
 
     A shard that cannot be used is reported with its fault; the others go on.
+
+    Args:
+        stopping: asked before each shard; once it says yes, those that are begun are finished and no other is.
     """
     reports: list[ShardReport] = []
     waiting: list[ShardRun] = []
@@ -681,6 +689,8 @@ def run_group(
             reports.append(ShardReport(run.shard.name, fault=_fault(error), notes=run.report.notes))
 
     for shard in shards:
+        if stopping():
+            break
         run = ShardRun(job, shard, pipeline, limit)
         try:
             with _naming(shard):

@@ -105,6 +105,7 @@ class PipelineKeeper:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pipelines: dict[str, Pipeline] = {}
+        self._stopping: set[str] = set()
 
     @classmethod
     def of(cls, worker: Worker) -> PipelineKeeper:
@@ -120,10 +121,19 @@ class PipelineKeeper:
                 self._pipelines[run] = build_pipeline(job, on_images)
             return self._pipelines[run]
 
+    def stop(self, run: str) -> None:
+        """Begin no more shards of this run."""
+        self._stopping.add(run)
+
+    def stopping(self, run: str) -> bool:
+        """Whether the run was asked to stop."""
+        return run in self._stopping
+
     def close(self, run: str) -> None:
         """Stop a run's threads and let go of its models."""
         with self._lock:
             pipeline = self._pipelines.pop(run, None)
+            self._stopping.discard(run)
         if pipeline is not None:
             pipeline.close()
 
@@ -153,10 +163,18 @@ def progress_topic(run: str) -> str:
 
 
 def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None = None) -> list[ShardReport]:
-    """The Dask task: run these shards on this worker's pipeline."""
+    """The Dask task: run these shards on this worker's pipeline; those it began before it was told to stop."""
     worker = get_worker()
-    pipeline = PipelineKeeper.of(worker).get(run, job, ProgressReporter(worker, progress_topic(run)))
-    return run_group(shards, job, pipeline, limit)
+    keeper = PipelineKeeper.of(worker)
+    if keeper.stopping(run):
+        return []
+    pipeline = keeper.get(run, job, ProgressReporter(worker, progress_topic(run)))
+    return run_group(shards, job, pipeline, limit, stopping=lambda: keeper.stopping(run))
+
+
+def stop_run(run: str, dask_worker: Any = None) -> None:
+    """Begin no more shards of a run on this worker (called through ``Client.run``)."""
+    PipelineKeeper.of(dask_worker).stop(run)
 
 
 def close_run(run: str, dask_worker: Any = None) -> None:

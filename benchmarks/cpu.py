@@ -186,8 +186,10 @@ def main() -> None:
                     rates[name].append(timed(work))
     medians = {name: statistics.median(values[1:]) for name, values in rates.items() if values}
     size = sum(map(len, images)) / len(images) / 1000
-    print(f"{len(images)} JPEGs of {size:.0f} KB, {arguments.threads} threads, {cores} cores, {arguments.model}, "
-          f"median of {arguments.rounds} rounds after one warm-up")
+    print(
+        f"{len(images)} JPEGs of {size:.0f} KB, {arguments.threads} threads, {cores} cores, {arguments.model}, "
+        f"median of {arguments.rounds} rounds after one warm-up"
+    )
     for name, rate in medians.items():
         spread = f"{min(rates[name][1:]):.0f}-{max(rates[name][1:]):.0f}"
         print(f"  {name:<10} {rate:>8.1f} images/s   ({spread})")

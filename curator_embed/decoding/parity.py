@@ -61,6 +61,22 @@ class ParityReport:
         """Plain JSON values."""
         return {**asdict(self), "holds": self.holds}
 
+    def __str__(self) -> str:
+        """The figures as a person reads them."""
+        failed = ", ".join(f"{reason} {count}" for reason, count in self.failed.items())
+        how = self.interpolation or "run by its own code"
+        lines = [
+            f"images         {self.images:,} compared{f', not decoded: {failed}' if failed else ''}",
+            f"preprocessing  {how}",
+            f"pixels         at most {self.max_difference:g} grey levels apart, {self.mean_difference:.4f} on average, "
+            f"above 1 on {self.share_above_1:.2e} of the values",
+        ]
+        if self.min_cosine is not None:
+            lines.append(f"embeddings     cosine at least {self.min_cosine:.6f}")
+        lines.append(f"versions       {', '.join(f'{name} {number}' for name, number in self.versions.items())}")
+        lines.append("agrees with the model's own preprocessing" if self.holds else "DIFFERS from the model's own")
+        return "\n".join(lines)
+
 
 def compare(
     images: Iterable[bytes],

@@ -324,7 +324,8 @@ class ShardRun:
                     f"Choose the id column with id_col= (it has: {', '.join(schema.names[:12])})",
                 )
             ours = ERROR_COLUMN in schema.names and ERROR_COLUMN in Footer.of(schema).columns
-            table = parquet.read(columns=[self.job.id_col, *([ERROR_COLUMN] if ours else [])])
+            columns = [self.job.id_col, *([ERROR_COLUMN] if ours else [])]
+            table = parquet.read(columns=columns, use_threads=False)
         if self.limit is not None:
             table = table.slice(0, self.limit)
         column = table.column(self.job.id_col)

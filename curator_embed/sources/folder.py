@@ -52,11 +52,11 @@ class ImageFolder:
         captions: whether there is any caption or json beside the images: then all tables have such columns.
     """
 
-    path: str
+    path: str = field(repr=False)  # URLs and options may hold secrets
     dataset: str
     id_col: str
     captions: bool
-    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)  # they may hold secrets
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
     policy: ReadPolicy = field(default_factory=ReadPolicy)
 
 

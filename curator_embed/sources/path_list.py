@@ -122,10 +122,10 @@ class PathList:
         part: the lines that were asked for, as ``Shard.part`` has it.
     """
 
-    path: str
+    path: str = field(repr=False)  # URLs and options may hold secrets
     dataset: str
-    root: str | None = None
-    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)  # they may hold secrets
+    root: str | None = field(default=None, repr=False)
+    storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
     policy: ReadPolicy = field(default_factory=ReadPolicy)
     part: str = ""
 

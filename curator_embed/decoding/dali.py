@@ -129,7 +129,8 @@ class DaliDecoder:
         lanes: runs under way at a time.
         honour_exif: turn images as their EXIF says.
         limits: images beyond them are not admitted.
-        hw_decoder_load: share of JPEGs for the GPU's JPEG engines, where it has any.
+        hw_decoder_load: share of JPEGs for the GPU's JPEG engines, where it has any. Below 1, which images they get
+            depends on the batch, and two decoders need not give the same bits.
         fancy_upsampling: interpolate chroma on a GPU, as libjpeg does.
 
     Raises:
@@ -146,7 +147,7 @@ class DaliDecoder:
         lanes: int = 2,
         honour_exif: bool = False,
         limits: Limits = DEFAULT_LIMITS,
-        hw_decoder_load: float = 0.9,
+        hw_decoder_load: float = 1.0,
         fancy_upsampling: bool = True,
     ) -> None:
         self.specs, self.device, self.batch_size = tuple(specs), torch.device(device), batch_size

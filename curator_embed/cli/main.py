@@ -416,6 +416,10 @@ class _client:
                 cluster.close()
 
 
+INTERRUPTED = 130
+"""What typer makes of a Ctrl-C that nobody caught."""
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and turn errors into messages and exit statuses."""
     try:
@@ -428,7 +432,9 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, RunStopped):
             typer.echo(str(error.report), err=True)
         _complain(error, 1 if isinstance(error, RowsFailed) else 3)
-    except KeyboardInterrupt:
+    except SystemExit as ended:
+        if ended.code != INTERRUPTED:
+            raise
         typer.echo("interrupted; finished shards are kept, run the same command again to go on", err=True)
         sys.exit(3)
     except Exception as error:

@@ -126,14 +126,14 @@ class PipelineKeeper:
         self._stopping.add(run)
 
     def stopping(self, run: str) -> bool:
-        """Whether the run was asked to stop."""
+        """Whether the run was asked to stop, or is over."""
         return run in self._stopping
 
     def close(self, run: str) -> None:
-        """Stop a run's threads and let go of its models."""
+        """Stop a run's threads and let go of its models; tasks that come after it do nothing."""
+        self.stop(run)
         with self._lock:
             pipeline = self._pipelines.pop(run, None)
-            self._stopping.discard(run)
         if pipeline is not None:
             pipeline.close()
 

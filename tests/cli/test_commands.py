@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPO, Ran, start
 
 from curator_embed import __version__
 from curator_embed.cli.main import app
 from curator_embed.errors import CuratorEmbedError
 from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.output import Location
+from tests.command import REPO, Ran, start
 from tests.rows import table_rows, tar_members
 from tests.shards import write_dataset
 
@@ -477,3 +477,22 @@ def test_a_stopped_run_finishes_shards_in_flight(number: signal.Signals, run: Ru
     vectors = [row["image_embedding"] for row in table_rows(out).values()]
     assert sum(vector is not None for vector in vectors) == SHARDS * 5
     assert np.isfinite([vector for vector in vectors if vector is not None]).all()
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_drops_what_is_in_flight(run: Run, many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start("embed", many, "--model", "vit_small_patch16_224", "--compile", "off", "--output", out)
+    wait_for_first(out, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    _, complaints = process.communicate(timeout=120)
+    assert process.returncode == 3, complaints
+    assert time.monotonic() - asked < 15
+    assert "interrupted" in complaints
+    assert all(pq.read_table(path).num_rows == 6 for path in out.glob("*.parquet"))
+    assert not list(out.glob("*.tmp-*"))
+    with OutputLock(Location.of(str(out))):
+        pass  # nobody holds it any more

@@ -326,20 +326,26 @@ class OutOfOrder(BatchModel):
 class Fails(ColourEmbedder):
     """An embedder with such a model."""
 
+    loaded = 0
+
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        Fails.loaded += 1
         return OutOfOrder()
 
     def settled(self, **settings: Any) -> Fails:
         return self
 
 
-def test_an_error_in_the_model_ends_the_run(source: Path, tmp_path: Path) -> None:
-    """Neither hangs nor swallows; the next run goes on."""
+def test_an_error_in_the_model_ends_the_run(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    """Neither hangs nor swallows, and tasks that still wait do not begin anew; the next run goes on."""
+    folder = write_dataset(tmp_path / "in", wheel_photos, shards=12, samples=6)
+    Fails.loaded = 0
     with pytest.raises(Exception, match="the model is out of order"):
-        Fails()(open_dataset(source)).save_metadata(str(tmp_path / "out"), progress=False)
-    assert not list((tmp_path / "out").glob("*.parquet*"))
-    report = ColourEmbedder()(open_dataset(source)).save_metadata(str(tmp_path / "out"), progress=False)
-    assert report.embedded == 28
+        Fails()(open_dataset(folder)).save_metadata(str(tmp_path / "out"), progress=False)
+    report = ColourEmbedder()(open_dataset(folder)).save_metadata(str(tmp_path / "out"), progress=False)
+    assert Fails.loaded == 1
+    assert report.shards["done"] == 12
+    assert report.embedded == 72
 
 
 # -- metadata --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Pure and cheap (some 30 µs an image), because it is asked of every image.
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Final
 
 import numpy as np
@@ -14,9 +15,8 @@ from PIL import ExifTags, Image
 from curator_embed.decoding.geometry import Size
 
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
-_BASELINE, _PROGRESSIVE = 0xC0, 0xC2
-_BETWEEN_SCANS = frozenset((0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
-_EOI = 0xD9
+_BASELINE, _PROGRESSIVE, _HUFFMAN, _SCAN, _END = 0xC0, 0xC2, 0xC4, 0xDA, 0xD9
+_BETWEEN_SCANS = frozenset((_HUFFMAN, _SCAN, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))
 
 
 def size_for_dali(encoded: bytes, *, honour_exif: bool = False) -> Size | None:
@@ -50,7 +50,7 @@ def _jpeg(data: bytes, honour_exif: bool) -> Size | None:
             continue
         length = int.from_bytes(data[offset + 2 : offset + 4], "big")
         body = data[offset + 4 : offset + 2 + length]
-        if marker == 0xDA:
+        if marker == _SCAN:
             if size is None or not _scans_are_whole(data, offset):
                 return None
             return size if upright else (size[1], size[0])
@@ -58,8 +58,10 @@ def _jpeg(data: bytes, honour_exif: bool) -> Size | None:
             size = _frame(body)
             if size is None:
                 return None
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        elif 0xC0 <= marker <= 0xCF and marker not in (_HUFFMAN, 0xC8, 0xCC):
             return None  # lossless, arithmetic, hierarchical, or a second frame
+        elif marker == _HUFFMAN and not _huffman_tables_are_whole(body):
+            return None
         elif marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12 and body[11] != 1:
             return None  # RGB or CMYK, told by no more than this byte
         elif marker == 0xE1 and honour_exif:
@@ -91,6 +93,18 @@ def _orientation(exif: bytes) -> int:
     return found if isinstance(found, int) else 1
 
 
+def _huffman_tables_are_whole(body: bytes) -> bool:
+    """Whether a segment of Huffman tables holds codes that can be: DALI raises for a whole batch where they cannot."""
+    offset = 0
+    while offset + 17 <= len(body):
+        counts = body[offset + 1 : offset + 17]
+        codes = sum(counts)
+        if codes > 256 or sum(count << (15 - bits) for bits, count in enumerate(counts)) > 1 << 16:
+            return False
+        offset += 17 + codes
+    return offset == len(body)
+
+
 def _scans_are_whole(data: bytes, start: int) -> bool:
     """Whether the scans hold only markers that may be there, up to an end marker.
 
@@ -109,17 +123,19 @@ def _scans_are_whole(data: bytes, start: int) -> bool:
         if not in_scan and data[resume:place].strip(b"\xff"):
             return False  # between scans, segments follow one another
         marker = data[place + 1]
-        if marker == _EOI:
+        if marker == _END:
             return True
         if marker not in _BETWEEN_SCANS:
             return False
         resume = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        in_scan = marker == 0xDA
+        if marker == _HUFFMAN and not _huffman_tables_are_whole(data[place + 4 : resume]):
+            return False
+        in_scan = marker == _SCAN
     return False
 
 
 def _png(data: bytes, honour_exif: bool) -> Size | None:
-    """Up to 8 bits a channel, one picture, all chunks there."""
+    """Up to 8 bits a channel, one picture, all chunks there and undamaged."""
     if len(data) < 33 or data[12:16] != b"IHDR":
         return None
     width, height, depth = struct.unpack_from(">IIB", data, 16)
@@ -128,7 +144,9 @@ def _png(data: bytes, honour_exif: bool) -> Size | None:
     offset = 8
     while offset + 12 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, offset)
-        offset += 12 + length
+        start, offset = offset + 4, offset + 12 + length
+        if zlib.crc32(data[start : offset - 4]) != int.from_bytes(data[offset - 4 : offset], "big"):
+            return None  # Pillow overlooks some of these; DALI raises, and costs the batch a second try
         if kind == b"acTL" or (honour_exif and kind in (b"eXIf", b"iTXt", b"zTXt")):
             return None
         if kind == b"IEND":

@@ -6,6 +6,7 @@ The graph is the one that runs on a GPU; what only a GPU can show lies in tests/
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,11 @@ def test_runs_hold_so_many_images_and_pixels() -> None:
 
 
 def corrupted(encoded: bytes) -> bytes:
-    """A PNG with its pixels damaged and its structure whole: it is admitted, and then DALI raises."""
-    place = encoded.index(b"IDAT") + 40
-    return encoded[:place] + bytes(64) + encoded[place + 64 :]
+    """A PNG with damaged pixels whose checksums are right: it is admitted, and then DALI raises."""
+    start = encoded.index(b"IDAT")
+    end = start + 4 + int.from_bytes(encoded[start - 4 : start], "big")
+    chunk = encoded[start : start + 40] + bytes(64) + encoded[start + 104 : end]
+    return encoded[:start] + chunk + zlib.crc32(chunk).to_bytes(4, "big") + encoded[end + 4 :]
 
 
 def test_a_bad_image_costs_no_other_and_changes_none(pictures: dict[str, bytes]) -> None:

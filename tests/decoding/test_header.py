@@ -79,6 +79,23 @@ def test_nothing_that_ends_early_is_admitted(photo: Image.Image, encode: Encode,
         assert size_for_dali(encoded[:length]) is None, length
 
 
+def test_a_damaged_png_is_pillows(photo: Image.Image, encode: Encode) -> None:
+    encoded = encode(photo, "PNG")
+    for place in (20, 60, len(encoded) // 2, len(encoded) - 20):
+        assert size_for_dali(encoded[:place] + bytes([encoded[place] ^ 1]) + encoded[place + 1 :]) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"optimize": True}])
+def test_impossible_huffman_tables_are_pillows(photo: Image.Image, encode: Encode, options: dict[str, object]) -> None:
+    """Too many codes of a length, and tables longer than their segment; in the header and between scans."""
+    encoded = encode(photo, "JPEG", **options)
+    assert size_for_dali(encoded) is not None
+    tables = [place for place in range(len(encoded)) if encoded.startswith(b"\xff\xc4", place)]
+    for place in (tables[0], tables[-1]):
+        for counts in (b"\x03", b"\x00\xff\xff"):
+            assert size_for_dali(encoded[: place + 5] + counts + encoded[place + 5 + len(counts) :]) is None
+
+
 SIGNATURES = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x20\0\0\0WEBPVP8 "]
 
 

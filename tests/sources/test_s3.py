@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
@@ -120,6 +121,23 @@ def test_list_and_output_in_the_bucket_and_a_resume(client: Client, server: str,
     assert report.embedded == 40
     again = ColourEmbedder()(dataset()).save_metadata("s3://photos/out", progress=False)
     assert again.shards["skipped"] == 3 and again.embedded == 40
+
+
+def test_parquet_with_images_gets_its_columns_in_the_bucket(client: Client, server: str, stored: Path) -> None:
+    fs = s3fs.S3FileSystem(endpoint_url=server, key="a", secret="b", skip_instance_cache=True)
+    images = [path.read_bytes() for path in sorted((stored / "images" / "0").iterdir())]
+    with fs.open("photos/rows/0.parquet", "wb") as file:
+        pq.write_table(pa.table({"key": [str(n) for n in range(len(images))], "jpg": images}), file)
+
+    def dataset() -> ImageTextPairDataset:
+        return ImageTextPairDataset.from_parquet("s3://photos/rows", storage_options=options(server))
+
+    assert ColourEmbedder()(dataset()).save_metadata(progress=False).embedded == len(images)
+    assert ColourEmbedder()(dataset()).save_metadata(progress=False).shards["skipped"] == 1
+    with fs.open("photos/rows/0.parquet", "rb") as file:
+        table = pq.read_table(file)
+    assert table.column_names == ["key", "jpg", "image_embedding", "image_error"]
+    assert table["jpg"].to_pylist() == images
 
 
 def test_hundreds_are_in_flight_in_their_order(server: str, stored: Path) -> None:

@@ -211,3 +211,20 @@ def test_names_come_from_the_folder(tmp_path: Path) -> None:
     assert [s.name for s in find_parquets(tmp_path)] == ["a", "b__2", "b__10"]
     assert [s.name for s in find_parquets(f"{tmp_path}/b/*.parquet")] == ["2", "10"]
     assert [s.name for s in find_parquets(f"{tmp_path}/b/{{2,10}}.parquet")] == ["2", "10"]
+
+
+def test_hugging_face_reads_back_what_got_columns_in_place(
+    client: Client, tmp_path: Path, wheel_photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="Hugging Face datasets is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    images = [{"bytes": image, "path": None} for image in crops(wheel_photos[0], 3)]
+    written = datasets.Dataset.from_dict({"key": list("abc"), "image": images}).cast_column("image", datasets.Image())
+    (tmp_path / "hf").mkdir()
+    written.to_parquet(str(tmp_path / "hf" / "0.parquet"))
+    ColourEmbedder()(ImageTextPairDataset.from_parquet(tmp_path / "hf")).save_metadata(progress=False)
+    files = str(tmp_path / "hf" / "0.parquet")
+    back = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert list(back.features) == ["key", "image", "image_embedding", "image_error"]
+    assert back[0]["image"].size == (96, 96)
+    assert len(back[0]["image_embedding"]) == 192

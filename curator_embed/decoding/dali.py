@@ -320,7 +320,7 @@ class _Lane:
         self._graph.feed(self._pipe, images)
         shapes, *outputs = self._pipe.run()
         batches = [_to_torch(output, self._graph.device).permute(0, 3, 1, 2) for output in outputs]
-        sizes = shapes.as_array()[:, :2]
+        sizes = shapes.as_cpu().as_array()[:, :2]
         return [
             tuple(batch[row] for batch in batches) if tuple(sizes[row]) == image.size else None
             for row, image in enumerate(images)

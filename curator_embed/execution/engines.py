@@ -135,8 +135,8 @@ def _spec_for_dali(step: Step) -> PreprocessSpec | None:
 
     if not isinstance(step, ImageEmbedder) or step.reads_own_shards or type(step).prepare is not ImageEmbedder.prepare:
         return None
-    understood = isinstance(step.spec, PreprocessSpec) and step.spec.interpolation in FILTERS
-    return step.spec if understood else None
+    spec = step.spec
+    return spec if isinstance(spec, PreprocessSpec) and spec.interpolation in FILTERS else None
 
 
 def decode_options(steps: Sequence[Step]) -> tuple[Limits, bool]:

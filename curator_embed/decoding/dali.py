@@ -361,5 +361,5 @@ def _dali() -> tuple[Any, Any]:
         import nvidia.dali as dali
         from nvidia.dali import fn
     except ImportError as error:
-        raise MissingExtra("nvidia-dali", "cuda13' or 'curator-embed[cuda12", "decoding with DALI") from error
+        raise MissingExtra("nvidia-dali", "cuda13]' or 'curator-embed[cuda12", "decoding with DALI") from error
     return dali, fn

@@ -6,6 +6,7 @@ The graph is the one that runs on a GPU; what only a GPU can show lies in tests/
 from __future__ import annotations
 
 import random
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ from curator_embed.decoding.reference import transform_of
 from curator_embed.decoding.spec import PreprocessSpec, openai_spec
 from curator_embed.embedders import TimmImageEmbedder
 from curator_embed.embedders.lite0 import MODEL, efficientnet_lite0_weights
-from curator_embed.errors import ImageError
+from curator_embed.errors import ImageError, MissingExtra
 
 MEAN, STD = (0.5,) * 3, (0.5,) * 3
 SPECS = {
@@ -255,6 +256,12 @@ def test_damaged_jpegs_have_pillows_outcome(
     assert refused_by_pillow > 20
     assert compared > 60
     assert disagreements <= 0.01 * len(wheel_photos) * 24
+
+
+def test_without_dali_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(MissingExtra, match=r"'curator-embed\[cuda13\]' or 'curator-embed\[cuda12\]'"):
+        decoder(SPECS["timm"])
 
 
 # --- a pipeline that fails ----------------------------------------------------------------------

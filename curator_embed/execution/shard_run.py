@@ -225,6 +225,7 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
     if table is None:
         return Survey(tuple(range(len(job.steps))))
     source, rows = (seen.table, seen.table_rows) if there is None else _schema_and_rows(table, job)
+    _check_selected(source, job, table)
     found = _status(source, job, seen)
     conflict = found.conflict or _unusable(source, job, table)
     # Columns that are already right in the input are copied, not computed again.
@@ -253,6 +254,17 @@ def _unusable(schema: pa.Schema | None, job: ShardJob, path: str) -> str:
     if not job.overwrite and ERROR_COLUMN in schema.names and ERROR_COLUMN not in ours:
         return f"column '{ERROR_COLUMN}' is already there and does not say what made it"
     return ""
+
+
+def _check_selected(schema: pa.Schema | None, job: ShardJob, path: str) -> None:
+    if schema is None or job.select is None:
+        return
+    made = {ERROR_COLUMN, *(name for step in job.steps for name in step.columns())}
+    missing = [name for name in job.select if name not in schema.names and name not in made]
+    if missing:
+        raise UsageError(
+            f"columns={missing} are not in {path} and no step makes them (it has: {', '.join(schema.names[:12])})"
+        )
 
 
 @dataclass
@@ -464,14 +476,7 @@ class ShardRun:
         if self.job.select is None:
             held = self.shard.image_columns
             return [name for name in schema.names if name not in held] if schema is not None and held else None
-        if schema is not None:
-            missing = [name for name in self.job.select if name not in schema.names and not self._makes(name)]
-            if missing:
-                raise UsageError(f"columns={missing} are not in {self.shard.table_path()} and no step makes them")
         return [self.job.id_col, *self.job.select]
-
-    def _makes(self, name: str) -> bool:
-        return name == ERROR_COLUMN or any(name in step.columns() for step in self.job.steps)
 
     def _table_from_samples(self) -> tuple[pa.Table, list[str | None]]:
         """A shard without a parquet gets its table from what lies beside the images."""

@@ -93,7 +93,7 @@ def test_columns_choose_what_a_new_path_gets(source: Path, tmp_path: Path) -> No
     assert again.shards["skipped"] == 3
     with pytest.raises(UsageError, match="other options"):
         ColourEmbedder()(open_dataset(source)).save_metadata(str(tmp_path / "out"), columns=["url"], progress=False)
-    with pytest.raises(CuratorEmbedError, match=r"nosuch.*not in .*00000\.parquet"):
+    with pytest.raises(UsageError, match=r"nosuch.*not in .*00000\.parquet.*caption"):  # before anything is computed
         ColourEmbedder()(open_dataset(source)).save_metadata(
             str(tmp_path / "other"), columns=["nosuch"], progress=False
         )

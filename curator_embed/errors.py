@@ -24,7 +24,7 @@ class Reason(StrEnum):
     READ_ERROR = "read_error"  # the bytes could not be read from disk or network
     NOT_FOUND = "not_found"  # a list names the image, and there is no such file or object
     AMBIGUOUS_ID = "ambiguous_id"  # an id occurs n times in the table and m times among the samples
-    EMBED_ERROR = "embed_error"  # a custom embedder returned nothing for this row
+    EMBED_ERROR = "embed_error"  # a step failed on this image, or a custom embedder returned nothing for the row
 
 
 class CuratorEmbedError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +12,7 @@ from distributed import Client
 from curator_embed.datasets.frames import assigned_columns, write_assigned
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
+from curator_embed.execution.output import Location
 from curator_embed.execution.run import RunPlan, cores_per_worker, execute, make_plan
 from curator_embed.execution.shard_run import ShardJob
 from curator_embed.steps import BatchStep, Step
@@ -45,8 +47,12 @@ def save(
     if assigned is not None:
         write_assigned(assigned, dataset, job)
     saved = dataset.like([shard.with_table(job.target(shard)) for shard in dataset.shards], ())
+    if limit is None:
+        dataset.read_from(saved)
+    else:  # a trial: the object stays what it was
+        written = [s for s in saved.shards if Location.of(job.target(s), job.storage_options).token() is not None]
+        saved = dataset.like(written, ())
     report.dataset = saved
-    dataset.read_from(saved)
     return report
 
 
@@ -96,7 +102,19 @@ def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     steps: tuple[Step, ...] = tuple(
         step.on_device(device) if isinstance(step, BatchStep) else step for step in job.steps
     )
-    return dataclasses.replace(job, steps=steps, device=device, engine=engine_for(device, job.steps))
+    engine = engine_for(device, job.steps)
+    return dataclasses.replace(
+        job, steps=tuple(_decoded_by(step, engine) for step in steps), device=device, engine=engine
+    )
+
+
+def _decoded_by(step: Step, engine: Literal["cpu", "dali"]) -> Step:
+    """The step with its choice of decoder settled: DALI's pixels differ a little, so the recipe names it."""
+    if getattr(step, "decoder", None) != "auto":
+        return step
+    settled: Any = copy.copy(step)
+    settled.decoder = engine
+    return settled
 
 
 def engine_for(device: str, steps: Sequence[Step]) -> Literal["cpu", "dali"]:

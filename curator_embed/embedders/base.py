@@ -210,6 +210,7 @@ class ImageEmbedder(BatchStep):
             "max_image_pixels": self.limits.max_pixels,
             "batch_shape": None if self.reads_own_shards else [self._rows(device), 3, *output],
             "device": torch.device(device).type,
+            "decoder": self.decoder,
             "threads": self._threads,
             "compile": self.compile if isinstance(self.compile, bool) else None,
             "precision": self._precision(device),

@@ -5,18 +5,21 @@ Pillow one image at a time, or DALI a batch at a time with Pillow beside it for 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from curator_embed.decoding.pillow import Limits, decode
 from curator_embed.decoding.spec import PreprocessSpec
-from curator_embed.errors import ImageError, UsageError
+from curator_embed.errors import CuratorEmbedError, ImageError, Reason, UsageError
 from curator_embed.execution.pipeline import Prepared
 from curator_embed.steps import BatchStep, ImageStep, Step
 
 if TYPE_CHECKING:
     from curator_embed.decoding.dali import Admitted
+
+log = logging.getLogger(__name__)
 
 
 class CpuEngine:
@@ -27,6 +30,7 @@ class CpuEngine:
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = tuple(steps)
         self.limits, self.honour_exif = decode_options(steps)
+        self._told: set[tuple[type, type]] = set()
 
     def prepare(self, encoded: Sequence[bytes], wanted: Sequence[tuple[int, ...]]) -> list[Prepared]:
         """Decode and prepare; see ``DecodeEngine``."""
@@ -49,7 +53,19 @@ class CpuEngine:
                     result.values[position] = step.measure(image)
             except ImageError as error:
                 result.error = result.error or error.reason
+            except CuratorEmbedError:
+                raise
+            except Exception as error:  # a step's own bug costs the row, not the run; the log has it once
+                result.error = result.error or Reason.EMBED_ERROR
+                self._tell(step, error)
         return result
+
+    def _tell(self, step: Step, error: Exception) -> None:
+        kind = type(step), type(error)
+        if kind not in self._told:
+            self._told.add(kind)
+            said = "%s failed on an image; such rows carry '%s'"
+            log.warning(said, type(step).__name__, Reason.EMBED_ERROR, exc_info=error)
 
 
 class DaliEngine:

@@ -236,6 +236,11 @@ class Pipeline:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def fault(self) -> BaseException | None:
+        """What broke the pipeline for all its shards; None while it works."""
+        return self._fault
+
     # -- the shards' side ------------------------------------------------------------------
 
     @contextmanager
@@ -397,6 +402,11 @@ class Pipeline:
     def _deliver(self, batch: _UnderWay) -> None:
         """Wait for a batch's embeddings and give them to their shards."""
         vectors = batch.collect()
+        if len(vectors) != len(batch.entries):
+            raise CuratorEmbedError(
+                f"the model of step {batch.position} gave {len(vectors)} vectors for {len(batch.entries)} images; "
+                "it must give one an image"
+            )
         finished = 0
         for (shard, ordinal, _, waiting), vector in zip(batch.entries, vectors, strict=True):
             shard.vectors[batch.position].put(ordinal, vector)

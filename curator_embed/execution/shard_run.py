@@ -6,18 +6,20 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from curator_embed.errors import ImageError, Reason, SourceError, UsageError
+from curator_embed.errors import CuratorEmbedError, Reason, SourceError, UsageError
 from curator_embed.execution.failpoints import failpoint
 from curator_embed.execution.output import (
     Location,
@@ -25,7 +27,6 @@ from curator_embed.execution.output import (
     TablePlan,
     Token,
     collect_table,
-    merged_errors,
     vectors_to_list_array,
     write_table,
 )
@@ -38,11 +39,13 @@ from curator_embed.execution.pairing import (
     pair,
 )
 from curator_embed.execution.pipeline import OpenShard, Pipeline
-from curator_embed.execution.provenance import ERROR_COLUMN, Footer, Status, counted, status
+from curator_embed.execution.provenance import ERROR_COLUMN, Footer, Status, counted, same_samples, status
 from curator_embed.sources.shard import Note, Sample, Shard
 from curator_embed.steps import BatchStep, Step
 
 OnError = Literal["keep", "drop", "raise"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ class Look:
         target: schema of the output file, None when there is none.
         target_rows: its rows.
         table, table_rows: the same of the table that a new output starts from.
+        damaged: why the output file cannot be read, where there is one that cannot.
     """
 
     fingerprint: dict[str, Any]
@@ -182,16 +186,23 @@ class Look:
     target_rows: int | None = None
     table: pa.Schema | None = None
     table_rows: int | None = None
+    damaged: str = ""
 
 
 def look(job: ShardJob, shard: Shard) -> Look:
     """Read a shard's footers. A table that cannot be read counts as absent: the run of the shard says why."""
-    target = _schema_and_rows(job.target(shard), job)
+    damaged = ""
+    target: tuple[pa.Schema | None, int | None] = (None, None)
+    try:
+        target = _schema_and_rows(job.target(shard), job)
+    except SourceError as error:
+        damaged = str(error)
     table: tuple[pa.Schema | None, int | None] = (None, None)
     path = shard.table_path()
-    if job.output is not None and path is not None and target[0] is None:
-        table = _schema_and_rows(path, job)
-    return Look(shard.fingerprint(), *target, *table)
+    if job.output is not None and path is not None:
+        with suppress(SourceError):
+            table = _schema_and_rows(path, job)
+    return Look(shard.fingerprint(), *target, *table, damaged)
 
 
 def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | None = None) -> Survey:
@@ -202,29 +213,43 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
         found = _status(there, job, seen)
         conflict = found.conflict or _unusable(there, job, job.target(shard))
         footer = Footer() if there is None else Footer.of(there)
+        if there is not None and not conflict and footer.counts.get("read", seen.target_rows) != seen.target_rows:
+            # Somebody added or removed rows and kept our footer: all rows are worked on again.
+            return Survey(tuple(range(len(job.steps))), False, "", footer, seen.target_rows)
         done = there is not None and not found.todo and not conflict
         return Survey(found.todo, done, conflict, footer, seen.target_rows)
 
+    table = shard.table_path()
     if there is not None:
         footer, options = Footer.of(there), job.output_options(limit)
         found = _status(there, job, seen)
-        if footer.output == options and not found.todo and not found.conflict:
+        same_rows = footer.counts.get("table_rows") == (None if table is None else seen.table_rows)
+        # A limited run writes whole shards as any run does; only the last one is cut.
+        whole = {name: value for name, value in options.items() if name != "limit"}
+        if footer.output in (options, whole) and not found.todo and not found.conflict and same_rows:
             return Survey((), True, "", footer, seen.target_rows)
-        if not job.overwrite and "limit" not in footer.output:
-            if not footer.output:
-                why = "the file is already there and is not an output of curator-embed"
-            elif found.conflict:
-                why = found.conflict
-            elif footer.output != options:
-                why = f"was written with other options ({footer.output} there, {options} now)"
-            else:
-                why = "is already there without the new columns; add them in place (open it, no output path)"
-            return Survey((), False, why, footer, seen.target_rows)
+    if table is not None and _same_file(job.target(shard), table, job):
+        return Survey(
+            (), False, "is the dataset's own table; leave the output path out to add columns to it, or choose another"
+        )
+    if seen.damaged and not job.overwrite:
+        return Survey((), False, f"cannot be read and would be replaced ({seen.damaged})")
+    if there is not None and not job.overwrite and "limit" not in footer.output:
+        if not footer.output:
+            why = "the file is already there and is not an output of curator-embed"
+        elif found.conflict:
+            why = found.conflict
+        elif footer.output != options:
+            why = f"was written with other options ({footer.output} there, {options} now)"
+        elif not same_rows:
+            why = f"was written from {footer.counts.get('table_rows')} rows, the input has {seen.table_rows} now"
+        else:
+            why = "is already there without the new columns; add them in place (open it, no output path)"
+        return Survey((), False, why, footer, seen.target_rows)
 
-    table = shard.table_path()
     if table is None:
         return Survey(tuple(range(len(job.steps))))
-    source, rows = (seen.table, seen.table_rows) if there is None else _schema_and_rows(table, job)
+    source, rows = seen.table, seen.table_rows
     _check_selected(source, job, table)
     found = _status(source, job, seen)
     conflict = found.conflict or _unusable(source, job, table)
@@ -240,8 +265,15 @@ def _schema_and_rows(path: str, job: ShardJob) -> tuple[pa.Schema | None, int | 
     try:
         with Location.of(path, job.storage_options).open_parquet() as parquet:
             return parquet.schema_arrow, parquet.metadata.num_rows
-    except (FileNotFoundError, SourceError):
+    except FileNotFoundError:
         return None, None
+
+
+def _same_file(one: str, other: str, job: ShardJob) -> bool:
+    a, b = (Location.of(path, job.storage_options) for path in (one, other))
+    if a.is_local and b.is_local:
+        return os.path.realpath(a.path) == os.path.realpath(b.path)
+    return type(a.fs) is type(b.fs) and a.path == b.path
 
 
 def _unusable(schema: pa.Schema | None, job: ShardJob, path: str) -> str:
@@ -251,7 +283,7 @@ def _unusable(schema: pa.Schema | None, job: ShardJob, path: str) -> str:
     if job.id_col not in schema.names:
         return f"the table has no column '{job.id_col}'; choose the id column (it has: {', '.join(schema.names[:12])})"
     ours = Footer.of(schema).columns
-    if not job.overwrite and ERROR_COLUMN in schema.names and ERROR_COLUMN not in ours:
+    if job.steps and not job.overwrite and ERROR_COLUMN in schema.names and ERROR_COLUMN not in ours:
         return f"column '{ERROR_COLUMN}' is already there and does not say what made it"
     return ""
 
@@ -289,7 +321,6 @@ class ShardRun:
         self.source_errors: dict[int, Reason] = {}
         self.has_image: list[bool] = []
         self.kept_samples: list[Sample] = []
-        self._details: dict[int, str] = {}
         self._stack = ExitStack()
         self.opened: OpenShard | None = None
 
@@ -299,6 +330,9 @@ class ShardRun:
         """Read the shard into the pipeline. Returns False when it is already done."""
         self.target = Location.of(self.job.target(self.shard), self.job.storage_options)
         self.target_token = self.target.token()
+        if self.job.output is None and self.shard.table_path() is None and self.target_token is not None:
+            # A table has come to lie beside the images since the dataset was opened: its rows are the rows.
+            self.shard = self.shard.with_table(self.job.target(self.shard))
         found = survey(self.job, self.shard, self.limit)
         if found.conflict:
             raise UsageError(f"{self.job.target(self.shard)}: {found.conflict}")
@@ -335,19 +369,26 @@ class ShardRun:
                     f"has no column '{self.job.id_col}'",
                     f"Choose the id column with id_col= (it has: {', '.join(schema.names[:12])})",
                 )
-            ours = ERROR_COLUMN in schema.names and ERROR_COLUMN in Footer.of(schema).columns
+            ours = ERROR_COLUMN in schema.names and self._old_codes_hold(Footer.of(schema))
             columns = [self.job.id_col, *([ERROR_COLUMN] if ours else [])]
             table = parquet.read(columns=columns, use_threads=False)
-        if self.limit is not None:
-            table = table.slice(0, self.limit)
         column = table.column(self.job.id_col)
         errors = table.column(ERROR_COLUMN) if ours else None
         return _Table(location, token, schema, column.type, ids_as_text(column), errors)
 
+    def _old_codes_hold(self, footer: Footer) -> bool:
+        """Whether an earlier run's reason codes are still true: of these images, for columns that stay."""
+        codes = footer.columns.get(ERROR_COLUMN)
+        if codes is None or not same_samples(codes.get("samples", {}), self.fingerprint):
+            return False
+        made_anew = {name for position in self.todo for name in self.job.steps[position].columns()}
+        return bool(footer.columns.keys() - made_anew - {ERROR_COLUMN})
+
     def _feed(self, opened: OpenShard) -> None:
         """Read every sample once; hand in the images whose values somebody will get."""
-        in_place = self.job.output is None
-        wanted = set(self.table.ids) if self.table.location is not None and in_place else None
+        wanted: set[str | None] | None = None
+        if self.table.location is not None and (self.job.output is None or self.limit is not None):
+            wanted = set(self.table.ids[: self.limit])
         need_extras = self.table.location is None
         needs_images = bool(self.todo) and not all(_reads_itself(self.job.steps[p]) for p in self.todo)
         clock = self.pipeline.clock
@@ -434,6 +475,13 @@ class ShardRun:
             in_memory, row_ids = None, table.ids
             pairing = pair(row_ids, self.keys)
             self._tell_about(pairing, row_ids)
+            if self.limit is not None:  # pair all rows, so that repeated ids pair as ever, then cut
+                row_ids = row_ids[: self.limit]
+                pairing = replace(
+                    pairing,
+                    sample_of_row=pairing.sample_of_row[: self.limit],
+                    ambiguous=pairing.ambiguous[: self.limit],
+                )
 
         # Rows of the table first, then rows for images that no row knows.
         adds_rows = job.output is not None and self.limit is None
@@ -443,7 +491,10 @@ class ShardRun:
         ambiguous = np.concatenate([pairing.ambiguous, np.zeros(len(orphans), dtype=bool)])
 
         errors = self._error_codes(opened, own, sample_of_row, ambiguous)
-        self._count(errors, row_ids)
+        if table.errors is not None:  # what an earlier run found holds for the columns it made
+            old = table.errors.to_pylist() + [None] * len(orphans)
+            errors = [code if code is not None else new for code, new in zip(old, errors, strict=False)]
+        self._count(errors, row_ids, sample_of_row)
         self.report.decoders = dict(opened.decoders)
         if job.on_error == "raise" and self.report.failed:
             raise FailedRows(self._failure())
@@ -476,7 +527,7 @@ class ShardRun:
         if self.job.select is None:
             held = self.shard.image_columns
             return [name for name in schema.names if name not in held] if schema is not None and held else None
-        return [self.job.id_col, *self.job.select]
+        return [self.job.id_col, *self.job.select, *(name for step in self.job.steps for name in step.columns())]
 
     def _table_from_samples(self) -> tuple[pa.Table, list[str | None]]:
         """A shard without a parquet gets its table from what lies beside the images."""
@@ -551,7 +602,9 @@ class ShardRun:
             codes.append(None if code is None else str(code))
         return codes
 
-    def _count(self, errors: Sequence[str | None], row_ids: Sequence[str | None]) -> None:
+    def _count(
+        self, errors: Sequence[str | None], row_ids: Sequence[str | None], sample_of_row: np.ndarray
+    ) -> None:
         report = self.report
         tally = Counter(code for code in errors if code is not None)
         report.read = len(errors)
@@ -561,7 +614,7 @@ class ShardRun:
         report.reasons = {str(code): count for code, count in sorted(tally.items())}
         for row, code in enumerate(errors):
             if code is not None and code != Reason.NO_IMAGE and len(report.examples) < 5:
-                key = row_ids[row] if row < len(row_ids) else None
+                key = row_ids[row] if row < len(row_ids) else self.keys[sample_of_row[row]]
                 report.examples.append((str(key), code))
 
     def _columns(
@@ -583,11 +636,7 @@ class ShardRun:
                 else:
                     columns[name] = NewColumn(kind, _value_slice(opened, position, name, sample_of_row, kind))
         codes = pa.array(errors, pa.string())
-        old = self.table.errors
-        if old is not None and len(codes) > len(old):
-            old = pa.chunked_array([*old.chunks, pa.nulls(len(codes) - len(old), pa.string())])
-        merged = merged_errors(old, codes)
-        columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: merged.take(pa.array(rows)))
+        columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: codes.take(pa.array(rows)))
         return columns
 
     def _own_vectors(self, found: dict[str, list[np.ndarray]], sample_of_row: np.ndarray) -> list[np.ndarray | None]:
@@ -607,18 +656,21 @@ class ShardRun:
         samples = {**self.fingerprint, "ids": ids_digest(row_ids)}
         selected = self._selected(self.table.schema)
         columns = {n: made for n, made in self.footer.columns.items() if selected is None or n in selected}
-        exceptions = self.report.exceptions
         for position in self.todo:
             step = self.job.steps[position]
             recipe = dict(step.recipe())
             if isinstance(step, BatchStep) and position in self.pipeline.models:
-                exceptions += self.pipeline.models[position].exceptions()
-            if exceptions:
-                recipe["exceptions"] = list(exceptions)
+                exceptions = self.pipeline.models[position].exceptions()
+                self.report.exceptions += exceptions
+                if exceptions:
+                    recipe["exceptions"] = list(exceptions)
             for name in step.columns():
                 columns[name] = {"recipe": recipe, "samples": samples}
         columns[ERROR_COLUMN] = {"recipe": {"step": "image_error"}, "samples": samples}
-        return Footer(columns, self.report.counts(), self.job.output_options(self.limit), self.job.id_col)
+        counts = self.report.counts()
+        if self.job.output is not None:
+            counts["table_rows"] = None if self.table.location is None else len(self.table.ids)
+        return Footer(columns, counts, self.job.output_options(self.limit), self.job.id_col)
 
 
 def _reads_itself(step: Step) -> bool:
@@ -658,15 +710,24 @@ def _value_slice(opened: OpenShard, position: int, name: str, sample_of_row: np.
 
 
 @contextmanager
-def _naming(shard: Shard) -> Iterator[None]:
-    """Say which shard an unexpected error belongs to."""
+def _naming(shard: Shard, pipeline: Pipeline) -> Iterator[None]:
+    """Say which shard an unexpected error belongs to; what broke the pipeline belongs to none."""
     try:
         yield
-    except (SourceError, UsageError, ImageError):
+    except (CuratorEmbedError, KeyboardInterrupt):
         raise
-    except OSError as error:
-        path = shard.image_source() or shard.name
-        raise SourceError(path, f"cannot be read ({error})", "Check that it exists and may be read") from error
+    except Exception as error:
+        if error is pipeline.fault:
+            raise
+        path = shard.image_source() or shard.table_path() or shard.name
+        if isinstance(error, OSError):
+            raise SourceError(path, f"cannot be read ({error})", "Check that it exists and may be read") from error
+        log.warning("%s: unexpected error", path, exc_info=error)
+        raise SourceError(
+            path,
+            f"could not be worked on ({type(error).__name__}: {error})",
+            "The log has the details; the other shards are not affected",
+        ) from error
 
 
 def run_group(
@@ -689,7 +750,7 @@ def run_group(
 
     def finish(run: ShardRun) -> None:
         try:
-            with _naming(run.shard):
+            with _naming(run.shard, pipeline):
                 reports.append(run.finish())
         except (SourceError, UsageError) as error:
             reports.append(ShardReport(run.shard.name, fault=_fault(error), notes=run.report.notes))
@@ -699,7 +760,7 @@ def run_group(
             break
         run = ShardRun(job, shard, pipeline, limit)
         try:
-            with _naming(shard):
+            with _naming(shard, pipeline):
                 if run.begin():
                     waiting.append(run)
                 else:

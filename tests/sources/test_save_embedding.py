@@ -53,19 +53,19 @@ def test_two_processes_on_s3_write_what_one_does_from_disk(
     weights = tmp_path / "weights.safetensors"
     save_file(timm.create_model(MODEL, num_classes=0).state_dict(), weights)
     fs = s3fs.S3FileSystem(endpoint_url=server, key="a", secret="b", skip_instance_cache=True)
-    fs.mkdir("bucket")
+    fs.mkdir("replay")
     images = tmp_path / "images" / "album"
     images.mkdir(parents=True)
     for number, image in enumerate(crops(wheel_photos[0], 11)):
         (images / f"{number}.jpg").write_bytes(image)
-        fs.pipe_file(f"bucket/album/{number}.jpg", image)
+        fs.pipe_file(f"replay/album/{number}.jpg", image)
     listing = tmp_path / "photos.txt"
     listing.write_text("".join(f"photos/album/{number}.jpg\n" for number in range(12)))  # the last is not there
 
     model = ["--model", MODEL, "--weights", weights, "--hash", "phash", "--compile", "off", "--quiet"]
     rows = ["--batch-size", 2, "--batch-per-inference", 1, "--inference-per-file", 2]
     common = ["embed", listing, "--dataset", "photos", *model, *rows]
-    s3 = ["--root", "s3://bucket", "--endpoint", server, "--region-name", "us-east-1", "--timeout", 20, "--retry", 3]
+    s3 = ["--root", "s3://replay", "--endpoint", server, "--region-name", "us-east-1", "--timeout", 20, "--retry", 3]
     parts = [(0, ("--end-line", 8)), (1, ("--start-line", 8))]
     out, logs = ["--no-proxy", "--output", tmp_path / "s3"], ["--log-dir", tmp_path / "logs", "--process-index"]
     runs = [start(*common, *s3, *out, *lines, *logs, index) for index, lines in parts]

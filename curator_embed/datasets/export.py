@@ -33,7 +33,7 @@ from curator_embed.execution.pairing import ids_as_text, ids_digest, key_normali
 from curator_embed.execution.provenance import Footer
 from curator_embed.execution.run import check_writable
 from curator_embed.execution.worker import read_partition
-from curator_embed.sources.files import fingerprint
+from curator_embed.sources.files import exists, fingerprint
 from curator_embed.sources.shard import Shard
 
 if TYPE_CHECKING:
@@ -166,7 +166,9 @@ def export(
         parts = frame[list(dict.fromkeys([dataset.id_col, filter_column, *added]))].to_delayed()
         marked: list[_Marked] = []
         for start in range(0, len(parts), 256):
-            tasks = [delayed(_look)(part, dataset.id_col, filter_column) for part in parts[start : start + 256]]
+            tasks = [
+                delayed(_look)(part, dataset.id_col, filter_column, added) for part in parts[start : start + 256]
+            ]
             marked += client.gather(client.compute(tasks))
         report.read = sum(found.rows for found in marked)
         report.kept = sum(found.kept for found in marked)
@@ -218,16 +220,18 @@ def export(
 
 @dataclass(frozen=True)
 class _Marked:
-    """What the filter says of one partition; ``digest`` identifies its ids and the rows that are kept."""
+    """What the filter says of one partition; ``digest`` identifies its ids, kept rows and assigned values."""
 
     rows: int
     kept: int
     digest: str
 
 
-def _look(part: Any, id_col: str, filter_column: str) -> _Marked:
+def _look(part: Any, id_col: str, filter_column: str, added: Sequence[str]) -> _Marked:
     kept = _kept_rows(part, filter_column)
     digest = hashlib.sha256(ids_digest(_ids(part, id_col)).encode() + kept.tobytes())
+    for name in added:
+        digest.update(repr(_column(part, name).to_pylist()).encode("utf-8", "surrogateescape"))
     return _Marked(len(part), len(kept), digest.hexdigest())
 
 
@@ -254,8 +258,14 @@ def _kept_rows(part: Any, column: str) -> np.ndarray:
 
 
 def _digest(dataset: ImageTextPairDataset, marked: Sequence[_Marked], *options: Any) -> str:
-    """Identifies an export: which rows, from which files, under which options."""
-    sources = [(shard.name, sorted(shard.fingerprint().items())) for shard in dataset.shards]
+    """Identifies an export: which rows, from which tars and tables, under which options."""
+    sources = []
+    for shard in dataset.shards:
+        table = shard.table_path()
+        # A shard may name a table that a run has yet to write.
+        there = table is not None and exists(table, dataset.storage_options)
+        rows = sorted(fingerprint(table, dataset.storage_options).items()) if table is not None and there else None
+        sources.append((shard.name, sorted(shard.fingerprint().items()), rows))
     said = repr((sources, [found.digest for found in marked], dataset.id_col, options))
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 

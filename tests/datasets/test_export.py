@@ -202,6 +202,37 @@ def test_another_export_is_not_overwritten_unasked(source: Path, tmp_path: Path)
     assert len(table_rows(tmp_path / "out")) == 30, "nothing of the former export is mixed in"
 
 
+def test_new_vectors_in_the_source_are_another_export(source: Path, tmp_path: Path) -> None:
+    """The rows and the tars are the same: only the tables tell."""
+    mark(source)
+    ColourEmbedder(version=1)(ImageTextPairDataset.from_webdataset(str(source))).save_metadata(progress=False)
+    report = export(source, tmp_path / "out")
+    assert export(source, tmp_path / "out").skipped == report.shards
+    again = ColourEmbedder(version=2)(ImageTextPairDataset.from_webdataset(str(source)))
+    again.save_metadata(overwrite=True, progress=False)
+    with pytest.raises(UsageError, match=r"already holds another export.*overwrite=True"):
+        export(source, tmp_path / "out")
+    assert export(source, tmp_path / "out", overwrite=True).skipped == 0
+    footer = json.loads(pq.read_schema(tmp_path / "out" / "00000.parquet").metadata[b"curator_embed"])
+    assert footer["columns"]["image_embedding"]["recipe"]["model"] == "v2"
+
+
+def test_other_values_in_an_assigned_column_are_another_export(source: Path, tmp_path: Path) -> None:
+    mark(source)
+
+    def assigned(factor: int, **options: Any) -> Any:
+        dataset = ImageTextPairDataset.from_webdataset(str(source))
+        dataset.metadata["area"] = dataset.metadata["width"] * factor
+        return dataset.to_webdataset(str(tmp_path / "out"), "keep", progress=False, **options)
+
+    report = assigned(2)
+    assert assigned(2).skipped == report.shards
+    with pytest.raises(UsageError, match="already holds another export"):
+        assigned(3)
+    assert assigned(3, overwrite=True).skipped == 0
+    assert {row["area"] for row in table_rows(tmp_path / "out").values()} == {288}
+
+
 def test_a_filter_that_is_none(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no column 'kep'.*caption"):
         export(source, tmp_path / "out", column="kep")

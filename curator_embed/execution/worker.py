@@ -66,7 +66,10 @@ def read_partition(shard: Shard, job: ShardJob) -> pa.Table:
 
 
 class FramePipelines:
-    """The pipeline behind data frames whose columns are pending: the last job's is kept for the next partition."""
+    """The pipeline behind data frames whose columns are pending: the last job's is kept for the next partition.
+
+    One that an error has broken is not: the next partition gets a new one.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -78,6 +81,8 @@ class FramePipelines:
         """The job's pipeline for the length of the block; pipelines of other jobs go once nobody uses them."""
         key = job_key(job)
         with self._lock:
+            if key in self._kept and self._kept[key].fault is not None:
+                self._kept.pop(key).close()
             if key not in self._kept:
                 for other in [k for k in self._kept if not self._users.get(k)]:
                     self._kept.pop(other).close()

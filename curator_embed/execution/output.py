@@ -10,7 +10,7 @@ import errno
 import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -73,13 +73,14 @@ class Location:
     @contextmanager
     def open_parquet(self) -> Iterator[pq.ParquetFile]:
         """Open for reading; a file that is no parquet is an error that names it."""
-        try:
-            with self.fs.open(self.path, "rb") if not self.is_local else open(self.path, "rb") as file:
-                yield pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise SourceError(
-                self.path, f"not a readable parquet file ({error})", "Restore it or remove it, then run again"
-            ) from error
+        with ExitStack() as stack:
+            with _naming(self.path):
+                if self.is_local:
+                    file = stack.enter_context(open(self.path, "rb"))
+                else:
+                    file = stack.enter_context(self.fs.open(self.path, "rb"))
+                parquet = _NamedParquet(file, self.path)
+            yield parquet  # what goes wrong outside, while the file is open, is not the file's fault
 
     def schema(self) -> pa.Schema | None:
         """The Arrow schema with its metadata, from the footer alone; None when there is no file."""
@@ -88,6 +89,35 @@ class Location:
                 return parquet.schema_arrow
         except FileNotFoundError:
             return None
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Name the file that pyarrow could not read: of a damaged footer it raises a plain OSError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(
+            path, f"not a readable parquet file ({error})", "Restore it or remove it, then run again"
+        ) from error
+
+
+class _NamedParquet(pq.ParquetFile):
+    """A parquet file whose damaged pages are errors that name it."""
+
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        super().__init__(file)
+        self._named = path
+
+    def read(self, *args: Any, **kwargs: Any) -> pa.Table:
+        with _naming(self._named):
+            return super().read(*args, **kwargs)
+
+    def read_row_group(self, *args: Any, **kwargs: Any) -> pa.Table:
+        with _naming(self._named):
+            return super().read_row_group(*args, **kwargs)
 
 
 class TargetChanged(SourceError):

@@ -115,6 +115,26 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:
         Location.of(str(path)).schema()
 
 
+def test_a_damaged_footer_or_page_names_the_file_and_other_errors_do_not(tmp_path: Path) -> None:
+    path, damaged = tmp_path / "0.parquet", tmp_path / "1.parquet"
+    pq.write_table(pa.table({"key": ["a" * 99] * 99, "n": range(99)}), path, compression="none", use_dictionary=False)
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little")
+    damaged.write_bytes(whole[: -8 - length] + b"\xff" * length + whole[-8:])
+    with pytest.raises(SourceError, match=r"1\.parquet: not a readable parquet file"):
+        Location.of(str(damaged)).schema()
+    damaged.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    said = pytest.raises(SourceError, match=r"1\.parquet: not a readable parquet file")
+    with Location.of(str(damaged)).open_parquet() as parquet, said:
+        parquet.read()
+    with Location.of(str(damaged)).open_parquet() as parquet, said:
+        parquet.read_row_group(0)
+    with pytest.raises(pa.ArrowInvalid), Location.of(str(path)).open_parquet():
+        pa.array([2**40], pa.int64()).cast(pa.int8())
+    with pytest.raises(FileNotFoundError), Location.of(str(tmp_path / "2.parquet")).open_parquet():
+        pass
+
+
 def test_object_stores_get_one_put(tmp_path: Path) -> None:
     import fsspec
 

@@ -88,6 +88,7 @@ class OutputLock:
             "token": self.token,
             "host": socket.gethostname(),
             "pid": me.pid,
+            "pid_scope": _pid_scope(),
             "process_started": me.create_time(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)),
             "expires": now + LIFETIME_S,
@@ -139,20 +140,34 @@ class OutputLock:
                 self.file.fs.rm_file(self.file.path)
 
     def _renew(self) -> None:
+        """Renew until the run ends; what goes wrong once is tried again for as long as the lock holds."""
+        renewed = time.monotonic()
         while not self._stop.wait(RENEW_EVERY_S):
-            owner = self._read()
-            if owner is None or owner.get("token") != self.token:
-                self.lost.set()
-                return
-            renewed = {**owner, "expires": time.time() + LIFETIME_S}
-            with suppress(OSError):
-                if self.file.is_local:
-                    aside = f"{self.file.path}.{self.token}"
-                    with open(aside, "wb") as file:
-                        file.write(json.dumps(renewed).encode())
-                    os.replace(aside, self.file.path)
-                else:
-                    self.file.fs.pipe_file(self.file.path, json.dumps(renewed).encode())
+            try:
+                if not self._renew_once():
+                    break
+                renewed = time.monotonic()
+            except Exception:  # every file system has exceptions of its own
+                if time.monotonic() - renewed >= LIFETIME_S:
+                    break
+        else:
+            return
+        self.lost.set()
+
+    def _renew_once(self) -> bool:
+        """Move the expiry; False when the lock is somebody else's by now."""
+        owner = self._read()
+        if owner is None or owner.get("token") != self.token:
+            return False
+        content = json.dumps({**owner, "expires": time.time() + LIFETIME_S}).encode()
+        if self.file.is_local:
+            aside = f"{self.file.path}.{self.token}"
+            with open(aside, "wb") as file:
+                file.write(content)
+            os.replace(aside, self.file.path)
+        else:
+            self.file.fs.pipe_file(self.file.path, content)
+        return True
 
 
 def _locked(folder: str, owner: dict[str, Any]) -> OutputLocked:
@@ -174,11 +189,20 @@ def parts_overlap(one: str, other: str) -> bool:
     return a[1] == b[1] and int(a[2]) < int(b[3]) and int(b[2]) < int(a[3])
 
 
+def _pid_scope() -> str | None:
+    """Where a process number means the same process: this boot of the machine and this pid namespace (Linux)."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
 def _alive(owner: dict[str, Any]) -> bool:
     """Whether the run that wrote this lock may still be working."""
     if owner.get("expires", 0.0) < time.time():
         return False
-    if owner.get("host") != socket.gethostname():
+    if owner.get("host") != socket.gethostname() or owner.get("pid_scope") != _pid_scope():
         return True
     try:
         process = psutil.Process(int(owner["pid"]))

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from curator_embed.execution import lock as lock_module
 from curator_embed.execution.lock import LIFETIME_S, OutputLock, OutputLocked
 from curator_embed.execution.output import Location
 
@@ -65,3 +67,51 @@ def test_object_stores_are_locked_too() -> None:
     folder = Location.of("memory://locked")
     with OutputLock(folder), pytest.raises(OutputLocked):
         OutputLock(folder).__enter__()
+
+
+def test_a_renewal_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "RENEW_EVERY_S", 0.01)
+    lock = OutputLock(Location.of(str(tmp_path)))
+    file = tmp_path / "_curator_embed" / "lock.json"
+    read, failures = lock._read, iter([OSError("stale file handle"), RuntimeError("503")])
+
+    def now_and_then(path: str | None = None) -> dict[str, Any] | None:
+        if (failure := next(failures, None)) is not None:
+            raise failure
+        return read(path)
+
+    with lock:
+        first = json.loads(file.read_text())["expires"]
+        monkeypatch.setattr(lock, "_read", now_and_then)
+        deadline = time.monotonic() + 10
+        while json.loads(file.read_text())["expires"] == first and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert json.loads(file.read_text())["expires"] > first
+        assert not lock.lost.is_set()
+
+
+def test_a_lock_that_cannot_be_renewed_is_lost_once_it_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock_module, "RENEW_EVERY_S", 0.01)
+    monkeypatch.setattr(lock_module, "LIFETIME_S", 0.05)
+    lock = OutputLock(Location.of(str(tmp_path)))
+
+    def fail() -> bool:
+        raise OSError("gone")
+
+    monkeypatch.setattr(lock, "_renew_once", fail)
+    with lock:
+        assert lock.lost.wait(10)
+
+
+def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "_curator_embed"
+    folder.mkdir()
+    content = {"token": "x", "host": socket.gethostname(), "pid": 2**22, "process_started": 0.0}
+    for scope, blocked in ((lock_module._pid_scope(), False), ("another boot pid:[1]", True)):
+        (folder / "lock.json").write_text(json.dumps({**content, "pid_scope": scope, "expires": time.time() + 60}))
+        if blocked:
+            with pytest.raises(OutputLocked, match=socket.gethostname()):
+                OutputLock(Location.of(str(tmp_path))).__enter__()
+        else:
+            with OutputLock(Location.of(str(tmp_path))):
+                pass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from distributed import Client
 
 from curator_embed.datasets.frames import assigned_columns, write_assigned
-from curator_embed.errors import UsageError
+from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.output import Location
 from curator_embed.execution.run import RunPlan, cores_per_worker, execute, make_plan
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset
     from curator_embed.execution.report import RunReport
 
+FIRST_WORKER_S = 60.0
+"""How long a cluster without workers is waited for."""
 CERTIFIED_IMAGES = 256
 """Images compared with the model's own preprocessing when a run is to be certified."""
 
@@ -41,11 +43,20 @@ def save(
     job = dataset.job(path, columns, on_error, overwrite)
     assigned = assigned_columns(dataset)
     certificate = _certificates(dataset, job) if certify else {}
+
+    def write_added(job: ShardJob) -> None:
+        if assigned is not None:
+            write_assigned(assigned, dataset, job)
+
     report, _ = execute(
-        dataset.shards, job, limit=limit, progress=progress, place=place_on_workers, certificate=certificate
+        dataset.shards,
+        job,
+        limit=limit,
+        progress=progress,
+        place=place_on_workers,
+        certificate=certificate,
+        afterwards=write_added,
     )
-    if assigned is not None:
-        write_assigned(assigned, dataset, job)
     saved = dataset.like([shard.with_table(job.target(shard)) for shard in dataset.shards], ())
     if limit is None:
         dataset.read_from(saved)
@@ -61,7 +72,8 @@ def plan(dataset: ImageTextPairDataset, path: str | None, *, limit: int | None, 
     _check_arguments(dataset, path, None, "keep", limit)
     with some_client() as client:
         job = place_on_workers(client, dataset.job(path, None, "keep", overwrite))
-        return make_plan(dataset.shards, job, cores=cores_per_worker(client), limit=limit)
+        tasks = sum(client.nthreads().values())
+        return make_plan(dataset.shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
 
 
 def _check_arguments(
@@ -89,6 +101,7 @@ def _check_arguments(
 
 def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     """Choose device and decode engine from what the workers have, unless the embedders say otherwise."""
+    _wait_for_a_worker(client)
     devices = {getattr(step, "device", None) for step in job.steps if isinstance(step, BatchStep)}
     asked = {device for device in devices if device is not None}
     if len(asked) > 1:
@@ -96,7 +109,8 @@ def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     if asked:
         device = asked.pop()
     elif any(isinstance(step, BatchStep) for step in job.steps):
-        device = "cuda" if all(client.run(_sees_gpu).values()) else "cpu"
+        seen = client.run(_sees_gpu)
+        device = "cuda" if seen and all(seen.values()) else "cpu"
     else:
         device = "cpu"  # nothing here has a model: torch need not even be imported
     steps: tuple[Step, ...] = tuple(
@@ -108,13 +122,30 @@ def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     )
 
 
+def _wait_for_a_worker(client: Client) -> None:
+    """See that there is somebody to ask; a task is what makes an adaptive cluster start its first worker."""
+    if client.nthreads():
+        return
+    first = client.submit(int, pure=False)
+    try:
+        first.result(timeout=FIRST_WORKER_S)
+    except TimeoutError:
+        raise CuratorEmbedError(
+            f"the Dask cluster has no worker, and none came within {FIRST_WORKER_S:.0f} s. Start workers, then run "
+            "again"
+        ) from None
+    finally:
+        first.release()
+
+
 def _decoded_by(step: Step, engine: Literal["cpu", "dali"]) -> Step:
     """The step with its choice of decoder settled: DALI's pixels differ a little, so the recipe names it."""
     if getattr(step, "decoder", None) != "auto":
         return step
     settled: Any = copy.copy(step)
     settled.decoder = engine
-    return settled
+    decoded: Step = settled
+    return decoded
 
 
 def engine_for(device: str, steps: Sequence[Step]) -> Literal["cpu", "dali"]:

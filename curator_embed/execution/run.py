@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ import pyarrow as pa
 from distributed import Client, Future, as_completed
 from tqdm.auto import tqdm
 
-from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.output import Location, clear_temporaries
@@ -33,11 +33,13 @@ from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import ShardJob, ShardReport, Survey, look, survey
 from curator_embed.execution.worker import close_run, progress_topic, run_task, stop_run
-from curator_embed.sources.files import fingerprint
+from curator_embed.sources.files import fingerprint, is_remote
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Step
 
-SURVEY_THREADS = 8
+SURVEY_THREADS = {"local": 2, "remote": 16}
+"""Threads that read footers: from a local disk more than two only wait for each other."""
+
 STOP_EVERY_S = 0.2
 """How often it is looked whether the workers must be told to stop."""
 TASKS_UNDER_WAY = 2
@@ -91,15 +93,19 @@ class RunPlan:
         ]
 
 
-def make_plan(shards: Sequence[Shard], job: ShardJob, *, cores: int, limit: int | None = None) -> RunPlan:
+def make_plan(
+    shards: Sequence[Shard], job: ShardJob, *, cores: int, limit: int | None = None, tasks: int = 1
+) -> RunPlan:
     """Read all footers, settle threads and compile, and estimate the work.
 
     Args:
         cores: CPU cores a worker has, for the forward pass.
         limit: only so many rows are wanted.
+        tasks: tasks that run at a time, on all workers together.
     """
     unsettled = job
-    with ThreadPoolExecutor(SURVEY_THREADS) as pool:
+    where = "remote" if any(is_remote(job.target(shard)) for shard in shards[:1]) else "local"
+    with ThreadPoolExecutor(SURVEY_THREADS[where]) as pool:
         looks = list(pool.map(lambda shard: look(unsettled, shard), shards))
         known = [_first(seen.target_rows, seen.table_rows) for seen in looks]
         unknown = [position for position, rows in enumerate(known) if rows is None]
@@ -118,7 +124,7 @@ def make_plan(shards: Sequence[Shard], job: ShardJob, *, cores: int, limit: int 
     plan.rows_known = None not in left
     if limit is not None:
         plan.rows = min(plan.rows, limit)
-    plan.bytes_to_write = _bytes_to_write(plan) if plan.rows_known else None
+    plan.bytes_to_write = _bytes_to_write(plan, tasks) if plan.rows_known else None
     plan.bytes_free = _bytes_free(job, plan.shards)
     plan.settings = {name: _settings(step) for step in steps for name in step.columns()}
     return plan
@@ -145,20 +151,43 @@ def _settings(step: Step) -> dict[str, Any]:
     return {key: recipe[key] for key in ("model", "device", "batch_shape", "threads", "compile") if key in recipe}
 
 
-def _bytes_to_write(plan: RunPlan) -> int:
-    """Embeddings hardly compress: rows x dim x item size, and the tables that are copied."""
+def _bytes_to_write(plan: RunPlan, tasks: int) -> int:
+    """Embeddings hardly compress: rows x dim x item size, and the columns that are copied."""
     per_row = 0
     for step in plan.job.steps:
         dim = getattr(step, "embedding_dim", None)
         for kind in step.columns().values():
             per_row += (dim or 0) * kind.value_type.bit_width // 8 if pa.types.is_list(kind) else 16
     total = plan.rows * per_row
-    for position in plan.todo:
-        table = plan.shards[position].table_path()
-        if table is not None:
-            # The whole file is written anew, in place too: for a moment both versions exist.
-            total += int(fingerprint(table, plan.job.storage_options).get("size") or 0)
-    return total
+    todo = [(shard, table) for p in plan.todo if (table := (shard := plan.shards[p]).table_path()) is not None]
+    sizes = [int(fingerprint(table, plan.job.storage_options).get("size") or 0) for _, table in todo]
+    if plan.job.output is None:
+        # Only of the files that are being replaced both versions exist, for a moment.
+        return total + sum(sorted(sizes)[-max(1, tasks) :])
+    return total + int(sum(sizes) * _copied_share(todo, plan.job))
+
+
+def _copied_share(tables: Sequence[tuple[Shard, str]], job: ShardJob) -> float:
+    """How much of the tables a new output copies, by the first that can be read: they are much alike."""
+    for shard, path in tables:
+        if job.select is None and not shard.image_columns:
+            return 1.0
+        try:
+            with Location.of(path, job.storage_options).open_parquet() as parquet:
+                schema, found = parquet.schema_arrow, parquet.metadata
+        except (SourceError, FileNotFoundError):
+            continue
+        wanted = set(schema.names) - set(shard.image_columns) if job.select is None else {job.id_col, *job.select}
+        copied = total = 0
+        for group in range(found.num_row_groups):
+            for number in range(found.num_columns):
+                column = found.row_group(group).column(number)
+                path_in = column.path_in_schema
+                total += column.total_compressed_size
+                if any(path_in == name or path_in.startswith(f"{name}.") for name in wanted):
+                    copied += column.total_compressed_size
+        return copied / total if total else 1.0
+    return 1.0
 
 
 def _bytes_free(job: ShardJob, shards: Sequence[Shard]) -> int | None:
@@ -206,6 +235,7 @@ def execute(
     progress: bool = True,
     place: Callable[[Client, ShardJob], ShardJob],
     certificate: dict[str, Any] | None = None,
+    afterwards: Callable[[ShardJob], None] | None = None,
 ) -> tuple[RunReport, RunPlan]:
     """Carry a job out on the current Dask client, or on one in-process worker.
 
@@ -214,6 +244,7 @@ def execute(
         progress: show a progress bar.
         place: chooses device and engine once the workers are known.
         certificate: figures to keep with the report.
+        afterwards: what else is done to the finished output while nobody else may write it.
 
     Raises:
         UsageError: the job cannot be carried out as asked; nothing was changed.
@@ -221,31 +252,51 @@ def execute(
         RowsFailed: ``on_error="raise"`` and rows failed.
         RunStopped: some shards could not be used, or the run was asked to stop; the rest is finished.
     """
-    folder = _output_folder(job, shards)
-    check_writable(folder)
+    folder = _output_folder(job, shards[0])
+    targets = _target_folders(job, shards)
+    for target in targets:
+        check_writable(target)
     part = shards[0].part
     own = {shard.name for shard in shards} if part else None
-    with OutputLock(folder, part) as lock, some_client() as client:
+    with ExitStack() as stack:
+        locks = [stack.enter_context(OutputLock(target, part)) for target in targets]
+        client = stack.enter_context(some_client())
         job = place(client, job)
-        plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit)
+        tasks = sum(client.nthreads().values())
+        plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
         check_plan(plan)
-        clear_temporaries(folder, own)
+        for target in targets:
+            clear_temporaries(target, own)
         report = RunReport(settings=plan.settings, certificate=certificate or {})
         started = time.perf_counter()
         with _stop_requests() as stop:
-            _Driver(client, plan, report, limit, stop, lock).run(progress)
+            _Driver(client, plan, report, limit, stop, locks).run(progress)
         report.wall_seconds = time.perf_counter() - started
-        clear_temporaries(folder, own)  # of workers that died meanwhile
+        if not any(lock.lost.is_set() for lock in locks):  # else they may be the next run's
+            for target in targets:
+                clear_temporaries(target, own)  # of workers that died meanwhile
         _keep(report, folder)
-    _raise_for(report)
+        _raise_for(report)
+        if afterwards is not None:
+            afterwards(plan.job)
     return report, plan
 
 
-def _output_folder(job: ShardJob, shards: Sequence[Shard]) -> Location:
+def _output_folder(job: ShardJob, shard: Shard) -> Location:
+    """Where a shard's parquet goes; of a link in place: where the file itself lies."""
     if job.output is not None:
         return Location.of(job.output, job.storage_options)
-    target = Location.of(job.target(shards[0]), job.storage_options)
+    target = Location.of(job.target(shard), job.storage_options)
+    if target.is_local:
+        target = Location(target.fs, os.path.realpath(target.path))
     return Location(target.fs, target.parent)
+
+
+def _target_folders(job: ShardJob, shards: Sequence[Shard]) -> list[Location]:
+    """Every folder that is written to, in an order that all runs share."""
+    written = shards if job.output is None else shards[:1]
+    folders = {(folder := _output_folder(job, shard)).path: folder for shard in written}
+    return [folders[path] for path in sorted(folders)]
 
 
 def check_writable(folder: Location) -> None:
@@ -343,10 +394,10 @@ class _Driver:
         report: RunReport,
         limit: int | None,
         stop: threading.Event,
-        lock: OutputLock,
+        locks: Sequence[OutputLock],
     ) -> None:
         self.client, self.plan, self.report, self.limit = client, plan, report, limit
-        self.stop, self.lock = stop, lock
+        self.stop, self.locks = stop, locks
         self.run_id = secrets.token_hex(8)
         self.positions_of: dict[str, tuple[int, ...]] = {}
 
@@ -354,12 +405,15 @@ class _Driver:
         """Work off the plan's open shards."""
         for position, found in enumerate(self.plan.surveys):
             if found.done:
-                self.report.add(ShardReport.of_finished(self.plan.shards[position].name, found.footer))
+                self._add(ShardReport.of_finished(self.plan.shards[position].name, found.footer))
         finished_before = self.report.read
         threads = self.client.nthreads()
         self.report.workers = max(1, len(threads))
         todo = self.plan.todo
         if not todo:
+            return
+        if self._stopping():
+            self._leave(len(todo))
             return
         total = self.plan.rows if self.plan.rows_known else None
         topic = progress_topic(self.run_id)
@@ -387,7 +441,7 @@ class _Driver:
 
         def pass_on() -> None:
             while not over.wait(STOP_EVERY_S):
-                if self.stop.is_set() or self.lock.lost.is_set():
+                if self._asked_to_stop():
                     self.client.run(stop_run, self.run_id, on_error="ignore")  # again and again: workers may be new
 
         thread = threading.Thread(target=pass_on, name="stop-requests", daemon=True)
@@ -417,7 +471,7 @@ class _Driver:
     def _leave(self, shards: int) -> None:
         """Count shards that were not begun."""
         self.report.shards["left"] += shards
-        self.report.stopped = self.report.shards["left"] > 0 and (self.stop.is_set() or self.lock.lost.is_set())
+        self.report.stopped = self.report.shards["left"] > 0 and self._asked_to_stop()
 
     def _one_by_one(self, todo: Sequence[int], limit: int) -> None:
         """With a limit, shards are worked in order until it is reached."""
@@ -436,7 +490,19 @@ class _Driver:
 
     def _stopping(self) -> bool:
         raising = self.plan.job.on_error == "raise" and bool(self.report.faults)
-        return self.stop.is_set() or raising or self.lock.lost.is_set()
+        return raising or self._asked_to_stop()
+
+    def _asked_to_stop(self) -> bool:
+        return self.stop.is_set() or any(lock.lost.is_set() for lock in self.locks)
+
+    def _add(self, shard: ShardReport) -> None:
+        """Count a shard. With ``on_error="raise"`` the failed rows of an earlier run count as this one's would."""
+        self.report.add(shard)
+        if self.plan.job.on_error == "raise" and shard.skipped and shard.failed:
+            self.report.faults[shard.shard] = (
+                f"failed_rows: {shard.shard}: {shard.failed} of {shard.read} rows failed in the run that finished "
+                "this shard; use on_error='keep' or 'drop' to go on without them"
+            )
 
     def _take(self, future: Future[list[ShardReport]]) -> list[list[int]]:
         """Count a finished task; returns groups to be tried again."""
@@ -452,7 +518,7 @@ class _Driver:
         finally:
             future.release()
         for report in reports:
-            self.report.add(report)
+            self._add(report)
         self._leave(len(positions) - len(reports))
         self.bar.set_postfix(failed=self.report.failed, refresh=False)
         return []

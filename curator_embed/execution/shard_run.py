@@ -40,6 +40,7 @@ from curator_embed.execution.pairing import (
 )
 from curator_embed.execution.pipeline import OpenShard, Pipeline
 from curator_embed.execution.provenance import ERROR_COLUMN, Footer, Status, counted, same_samples, status
+from curator_embed.sources.files import fingerprint
 from curator_embed.sources.shard import Note, Sample, Shard
 from curator_embed.steps import BatchStep, Step
 
@@ -177,7 +178,8 @@ class Look:
         fingerprint: of the samples.
         target: schema of the output file, None when there is none.
         target_rows: its rows.
-        table, table_rows: the same of the table that a new output starts from.
+        table, table_rows: the same of the table that a new output starts from; its schema is not read where
+            size and mtime (or etag) say that the output was made from it.
         damaged: why the output file cannot be read, where there is one that cannot.
     """
 
@@ -200,8 +202,12 @@ def look(job: ShardJob, shard: Shard) -> Look:
     table: tuple[pa.Schema | None, int | None] = (None, None)
     path = shard.table_path()
     if job.output is not None and path is not None:
-        with suppress(SourceError):
-            table = _schema_and_rows(path, job)
+        counts = Footer.of(target[0]).counts if target[0] is not None else {}
+        if counts.get("table") and counts["table"] == _stored(path, job):
+            # The very table that the output was made from: its rows are known.
+            table = None, counts.get("table_rows")
+        else:
+            table = _table_of(path, job)
     return Look(shard.fingerprint(), *target, *table, damaged)
 
 
@@ -249,7 +255,7 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
 
     if table is None:
         return Survey(tuple(range(len(job.steps))))
-    source, rows = seen.table, seen.table_rows
+    source, rows = (seen.table, seen.table_rows) if seen.table is not None else _table_of(table, job)
     _check_selected(source, job, table)
     found = _status(source, job, seen)
     conflict = found.conflict or _unusable(source, job, table)
@@ -267,6 +273,18 @@ def _schema_and_rows(path: str, job: ShardJob) -> tuple[pa.Schema | None, int | 
             return parquet.schema_arrow, parquet.metadata.num_rows
     except FileNotFoundError:
         return None, None
+
+
+def _table_of(path: str, job: ShardJob) -> tuple[pa.Schema | None, int | None]:
+    with suppress(SourceError):
+        return _schema_and_rows(path, job)
+    return None, None
+
+
+def _stored(path: str, job: ShardJob) -> dict[str, Any] | None:
+    with suppress(SourceError):
+        return fingerprint(path, job.storage_options)
+    return None
 
 
 def _same_file(one: str, other: str, job: ShardJob) -> bool:
@@ -669,7 +687,9 @@ class ShardRun:
         columns[ERROR_COLUMN] = {"recipe": {"step": "image_error"}, "samples": samples}
         counts = self.report.counts()
         if self.job.output is not None:
-            counts["table_rows"] = None if self.table.location is None else len(self.table.ids)
+            path = self.shard.table_path()
+            counts["table_rows"] = None if path is None else len(self.table.ids)
+            counts["table"] = None if path is None else _stored(path, self.job)
         return Footer(columns, counts, self.job.output_options(self.limit), self.job.id_col)
 
 

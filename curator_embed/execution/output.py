@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -59,10 +60,10 @@ class Location:
         """What changes when the file is replaced: inode, size and mtime, or size and etag. None: no file."""
         if self.is_local:
             try:
-                stat = os.stat(self.path)
+                found = os.stat(self.path)
             except FileNotFoundError:
                 return None
-            return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            return (found.st_ino, found.st_size, found.st_mtime_ns)
         self.fs.invalidate_cache(self.parent)
         try:
             info = self.fs.info(self.path)
@@ -134,16 +135,20 @@ def replacing(target: Location, expected: Token | None, *, check: bool = True) -
     """Open a new version of ``target`` that takes its place when the block ends without an error.
 
     On a local disk: a temporary name in the same folder that no ``*.parquet`` glob matches, synced,
-    then renamed. On an object store: collected here, put in one piece.
+    then renamed; permissions stay, and of a link the file it leads to is replaced. On an object store:
+    collected here, put in one piece.
 
     Args:
         expected: ``target.token()`` when it was read; a file that differs at the end is not replaced.
         check: False where any version may be replaced.
     """
     if target.is_local:
-        temporary = f"{target.path}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
+        path = os.path.realpath(target.path)
+        temporary = f"{path}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             with open(temporary, "wb") as file:
+                with suppress(OSError):  # there is no file yet, or its disk knows no permissions
+                    os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
                 failpoint("output.temporary_opened")
                 yield file
                 file.flush()
@@ -151,7 +156,7 @@ def replacing(target: Location, expected: Token | None, *, check: bool = True) -
             failpoint("output.temporary_written")
             if check and target.token() != expected:
                 raise TargetChanged(target.path)
-            os.replace(temporary, target.path)
+            os.replace(temporary, path)
         except BaseException as error:
             with suppress(OSError):
                 os.unlink(temporary)
@@ -187,6 +192,9 @@ def _explained(error: BaseException, target: Location) -> SourceError | None:
 def clear_temporaries(folder: Location, stems: Collection[str] | None = None) -> int:
     """Remove what killed runs left behind in a local output folder; returns how many files.
 
+    Only for who holds the folder's lock and has no tasks under way: a process number in a name says nothing
+    where all runs have the same, as in containers.
+
     Args:
         stems: of these outputs only, where other runs are writing others; None for all.
     """
@@ -198,11 +206,9 @@ def clear_temporaries(folder: Location, stems: Collection[str] | None = None) ->
         stem, kind = os.path.splitext(name)
         if not marker or kind not in (".parquet", ".tar") or (stems is not None and stem not in stems):
             continue
-        if entry.is_file(follow_symlinks=False):
-            pid = owner.partition("-")[0]
-            if pid.isdigit() and int(pid) != os.getpid():
-                os.unlink(entry.path)
-                removed += 1
+        if entry.is_file(follow_symlinks=False) and owner.partition("-")[0].isdigit():
+            os.unlink(entry.path)
+            removed += 1
     return removed
 
 
@@ -276,12 +282,21 @@ def _output(plan: TablePlan) -> Iterator[tuple[pa.Schema, Iterator[pa.Table]]]:
         fields += [pa.field(name, new.type) for name, new in plan.columns.items() if name not in schema.names]
         out = pa.schema(fields, metadata={**(schema.metadata or {}), FOOTER_KEY: plan.footer.to_bytes()})
 
-        def column(name: str, rows: np.ndarray, table: pa.Table) -> pa.ChunkedArray:
-            return pa.chunked_array([plan.columns[name].values(rows)]) if name in plan.columns else table.column(name)
+        # Names may repeat: a column is known by its name and by how many of that name come before it.
+        before = [sum(earlier.name == item.name for earlier in fields[:number]) for number, item in enumerate(fields)]
+
+        def column(number: int, rows: np.ndarray, table: pa.Table) -> pa.ChunkedArray:
+            name, kind = fields[number].name, fields[number].type
+            if name not in plan.columns:
+                return table.column(table.schema.get_all_field_indices(name)[before[number]])
+            # In chunks: the offsets of a list column have 32 bits, and a row group may have any number of rows.
+            starts = range(0, len(rows), ROW_GROUP_ROWS)
+            chunks = [plan.columns[name].values(rows[start : start + ROW_GROUP_ROWS]) for start in starts]
+            return pa.chunked_array(chunks, kind)
 
         def tables() -> Iterator[pa.Table]:
             for rows, table in pieces:
-                yield pa.Table.from_arrays([column(f.name, rows, table) for f in fields], schema=out)
+                yield pa.Table.from_arrays([column(number, rows, table) for number in range(len(fields))], schema=out)
 
         yield out, tables()
 

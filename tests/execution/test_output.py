@@ -15,6 +15,7 @@ import pytest
 from curator_embed.errors import SourceError
 from curator_embed.execution import output
 from curator_embed.execution.output import (
+    ROW_GROUP_ROWS,
     Location,
     NewColumn,
     TablePlan,
@@ -94,6 +95,72 @@ def test_what_killed_runs_leave_behind_is_removed(tmp_path: Path) -> None:
     (tmp_path / "notes.tmp-1").write_bytes(b"not ours")
     assert clear_temporaries(Location.of(str(tmp_path))) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.parquet", "notes.tmp-1"]
+
+
+def test_temporaries_of_a_former_run_with_this_process_number_are_removed(tmp_path: Path) -> None:
+    (tmp_path / f"0.parquet.tmp-{os.getpid()}-abcd").write_bytes(b"half")
+    assert clear_temporaries(Location.of(str(tmp_path))) == 1
+
+
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "0.parquet"
+    path.write_bytes(b"old")
+    path.chmod(0o664)
+    before = os.umask(0o077)
+    try:
+        with replacing(Location.of(str(path)), Location.of(str(path)).token()) as file:
+            file.write(b"new")
+        with replacing(Location.of(str(tmp_path / "1.parquet")), None) as file:
+            file.write(b"new")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o664
+    assert (tmp_path / "1.parquet").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.parquet").write_bytes(b"old")
+    link = tmp_path / "0.parquet"
+    link.symlink_to("real/a.parquet")
+    location = Location.of(str(link))
+    with replacing(location, location.token()) as file:
+        file.write(b"new")
+    assert link.is_symlink() and (tmp_path / "real" / "a.parquet").read_bytes() == b"new"
+    assert [p.name for p in (tmp_path / "real").iterdir()] == ["a.parquet"]
+
+
+@pytest.mark.parametrize("selected", [None, ["key", "twice"]])
+def test_columns_of_one_name_are_both_kept(tmp_path: Path, selected: list[str] | None) -> None:
+    arrays = [pa.array(["a", "b", "c"]), pa.array([1, 2, 3]), pa.array([7, 8, 9]), pa.array(["x", "y", "z"])]
+    path, target = Location.of(str(tmp_path / "0.parquet")), Location.of(str(tmp_path / "1.parquet"))
+    pq.write_table(pa.Table.from_arrays(arrays, ["key", "twice", "other", "twice"]), path.path)
+    new = NewColumn(pa.int64(), lambda rows: pa.array(rows))
+    plan = TablePlan(path, None, np.array([0, 2]), None, NOBODY, {"new": new}, Footer(), selected)
+    write_table(plan, target, None)
+    written = pq.ParquetFile(target.path).read()
+    names = ["key", "twice", "other", "twice", "new"] if selected is None else ["key", "twice", "twice", "new"]
+    assert written.column_names == names
+    first, second = (written.column(n).to_pylist() for n in written.schema.get_all_field_indices("twice"))
+    assert (first, second) == ([1, 3], ["x", "z"])
+
+
+def test_a_large_row_group_asks_for_its_new_values_piece_by_piece(tmp_path: Path) -> None:
+    count = 2 * ROW_GROUP_ROWS + 5
+    location = Location.of(str(tmp_path / "0.parquet"))
+    pq.write_table(pa.table({"n": np.arange(count)}), location.path)
+    asked = []
+
+    def values(rows: np.ndarray) -> pa.Array:
+        asked.append(len(rows))
+        return vectors_to_list_array(rows[:, None].astype(np.float32), rows >= 0, pa.float32())
+
+    column = NewColumn(pa.list_(pa.float32()), values)
+    write_table(plan_for(location, np.arange(count), {"v": column}), location, location.token())
+    assert asked == [ROW_GROUP_ROWS, ROW_GROUP_ROWS, 5]
+    written = pq.ParquetFile(location.path)
+    assert written.num_row_groups == 1
+    assert written.read()["v"].combine_chunks().flatten().to_pylist() == list(range(count))
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ completion order, its tars only the successes.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from curator_embed.sources.tar import decode_name
+
 Id = str | None
+
+_ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,15 @@ def ids_as_text(column: pa.Array | pa.ChunkedArray) -> list[Id]:
     """Bring ids of any type to the text under which they are compared.
 
     Integers lose nothing; floats that hold whole numbers (a pandas column of integers with nulls)
-    read as integers; bytes are decoded as UTF-8. Null stays None and pairs with nothing.
+    read as integers; bytes are decoded as tar keys are. Null stays None and pairs with nothing.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
         column, kind = column.cast(kind.value_type), kind.value_type
     if pa.types.is_floating(kind):
-        return [None if v is None or v != v else str(int(v)) if v == int(v) else repr(v) for v in column.to_pylist()]
+        return [None if v is None or v != v else str(int(v)) if v.is_integer() else repr(v) for v in column.to_pylist()]
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
-        return [None if v is None else v.decode("utf-8", "surrogateescape") for v in column.to_pylist()]
+        return [None if v is None else decode_name(v) for v in column.to_pylist()]
     return [None if v is None else str(v) for v in column.to_pylist()]
 
 
@@ -61,7 +66,8 @@ def normalise_key(key: str, numeric: bool) -> str:
     """The text under which a sample's key is compared with the ids of a column."""
     if numeric and key.isascii() and key.removeprefix("-").isdigit():
         return str(int(key))
-    return key
+    # A source that escapes bytes that are no UTF-8 the way Python does means the same bytes.
+    return key if key.isascii() else _ESCAPED.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", key)
 
 
 def pair(row_ids: Sequence[Id], sample_keys: Sequence[str]) -> Pairing:

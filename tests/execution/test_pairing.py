@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curator_embed.execution.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
+from curator_embed.sources.tar import decode_name
 
 
 def test_rows_out_of_order_find_their_samples() -> None:
@@ -64,6 +65,17 @@ def test_every_row_and_every_sample_is_accounted_for(rows: list[str], samples: l
 )
 def test_ids_of_any_type_become_text(column: pa.Array, text: list[str | None]) -> None:
     assert ids_as_text(column) == text
+
+
+def test_infinite_ids_are_text_too() -> None:
+    assert ids_as_text(pa.array([1.0, float("inf"), float("-inf"), float("nan")])) == ["1", "inf", "-inf", None]
+
+
+def test_ids_that_are_no_utf8_meet_keys_from_tars_and_from_tables() -> None:
+    raw = "ü".encode() + b"\xff/\x80"
+    (text,) = ids_as_text(pa.array([raw]))
+    assert text == normalise_key(decode_name(raw), numeric=False)
+    assert text == normalise_key(str(raw, "utf-8", "surrogateescape"), numeric=False)
 
 
 def test_an_integer_column_meets_zero_padded_keys() -> None:

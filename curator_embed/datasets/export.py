@@ -166,9 +166,7 @@ def export(
         parts = frame[list(dict.fromkeys([dataset.id_col, filter_column, *added]))].to_delayed()
         marked: list[_Marked] = []
         for start in range(0, len(parts), 256):
-            tasks = [
-                delayed(_look)(part, dataset.id_col, filter_column, added) for part in parts[start : start + 256]
-            ]
+            tasks = [delayed(_look)(part, dataset.id_col, filter_column, added) for part in parts[start : start + 256]]
             marked += client.gather(client.compute(tasks))
         report.read = sum(found.rows for found in marked)
         report.kept = sum(found.kept for found in marked)
@@ -363,11 +361,7 @@ def _export_shard(
             notes.append(f"{shard.name}: {without} kept rows have no image")
     total = sum(map(len, tables))
     there = target.schema()
-    if (
-        there is not None
-        and Footer.of(there).output.get("export") == export_job.made_from
-        and tar.token() is not None
-    ):
+    if there is not None and Footer.of(there).output.get("export") == export_job.made_from and tar.token() is not None:
         return total, missing, 1, notes
     new_ids = [f"{name}{position:0{export_job.sample_digits}d}" for position in range(total)]
     with _temporary_tar(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:

@@ -6,7 +6,9 @@ data frame backend is "cudf": nulls, integers and lists stay what they are.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,10 @@ if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset
 
 SCHEMA_SAMPLES = 64
-"""Samples that are read to learn the columns of shards that have no parquet."""
+"""Samples of a shard that are read to learn the columns of shards that have no parquet."""
+SCHEMA_SHARDS = 8
+"""Shards without a parquet that are read for it, at most."""
+FOOTER_THREADS = 16
 
 
 class PartitionReader:
@@ -52,7 +57,7 @@ class PartitionReader:
         else:
             with location.open_parquet() as parquet:
                 table = parquet.read(columns=[name for name in schema.names if name in stored.names])
-        return _to_frame(_aligned(table, schema))
+        return _to_frame(_aligned(table, schema, shard.name))
 
     def meta(self) -> Any:
         """An empty frame with the right columns and types."""
@@ -78,32 +83,88 @@ def metadata_frame(dataset: ImageTextPairDataset) -> dd.DataFrame:
 
 
 def _schema(dataset: ImageTextPairDataset, job: ShardJob) -> pa.Schema:
-    """The columns of the first shard, and those that are pending."""
-    base = None
-    for shard in dataset.shards:
+    """The columns of all shards, by their footers, and those that are pending."""
+
+    def stored(shard: Shard) -> pa.Schema | None:
         path = shard.table_path()
-        base = None if path is None else Location.of(path, dataset.storage_options).schema()
-        if base is not None:
-            break
-    if base is None:
-        first = dataset.shards[0]
-        samples = list(islice(first.samples(id_col=dataset.id_col, extras=True), SCHEMA_SAMPLES))
-        table = first.table_from_extras(samples)
-        base = table.schema if table is not None else pa.schema([pa.field(dataset.id_col, pa.string())])
+        return None if path is None else Location.of(path, dataset.storage_options).schema()
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        found = list(pool.map(stored, dataset.shards))
+    schemas = [(shard.name, schema) for shard, schema in zip(dataset.shards, found, strict=True) if schema is not None]
+    untabled = [shard for shard, schema in zip(dataset.shards, found, strict=True) if schema is None]
+    for shard in untabled[:SCHEMA_SHARDS]:
+        samples = list(islice(shard.samples(id_col=dataset.id_col, extras=True), SCHEMA_SAMPLES))
+        table = shard.table_from_extras(samples)
+        schema = table.schema if table is not None else pa.schema([pa.field(dataset.id_col, pa.string())])
+        schemas.append((shard.name, schema))
     new = {name: kind for step in job.steps for name, kind in step.columns().items()}
     if new:
         new[ERROR_COLUMN] = pa.string()
-    images = dataset.shards[0].image_columns
+    images = {name for shard in dataset.shards for name in shard.image_columns}
+    base = _unified(schemas, text=bool(untabled))
     kept = [item for item in base if item.name not in new and item.name not in images]
     return pa.schema([*kept, *(pa.field(name, kind) for name, kind in new.items())])
 
 
-def _aligned(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Bring a shard's table to the frame's columns: absent ones are null, types are the first shard's."""
-    columns = [
-        table.column(item.name).cast(item.type) if item.name in table.column_names else pa.nulls(len(table), item.type)
-        for item in schema
-    ]
+def _unified(schemas: Sequence[tuple[str, pa.Schema]], *, text: bool) -> list[pa.Field]:
+    """All columns in the types that hold what every shard has.
+
+    Args:
+        text: some tables are made from json: what has no type yet, or no common one, becomes text.
+    """
+    common: dict[str, tuple[str, pa.DataType]] = {}
+    for shard, schema in schemas:
+        for item in schema:
+            first, kind = common.setdefault(item.name, (shard, item.type))
+            if kind == item.type:
+                continue
+            pair_of = [pa.schema([pa.field("", _plain(one))]) for one in (kind, item.type)]
+            try:
+                kind = pa.unify_schemas(pair_of, promote_options="permissive").field(0).type
+            except (pa.ArrowInvalid, pa.ArrowTypeError):
+                if not text:
+                    raise UsageError(
+                        f"column '{item.name}' is {kind} in shard {first} and {item.type} in shard {shard}; "
+                        "write it in one type"
+                    ) from None
+                kind = pa.string()
+            common[item.name] = (first, kind)
+    return [pa.field(name, _without_null(kind) if text else kind) for name, (_, kind) in common.items()]
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _without_null(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_list(kind):
+        return pa.list_(_without_null(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(item.name, _without_null(item.type)) for item in kind])
+    return kind
+
+
+def _aligned(table: pa.Table, schema: pa.Schema, shard: str) -> pa.Table:
+    """Bring a shard's table to the frame's columns and types: absent ones are null."""
+    columns = []
+    for item in schema:
+        if item.name not in table.column_names:
+            columns.append(pa.nulls(len(table), item.type))
+            continue
+        column = table.column(item.name)
+        try:
+            if pa.types.is_nested(column.type) and pa.types.is_string(item.type):
+                columns.append(pa.array([v if v is None else json.dumps(v) for v in column.to_pylist()], item.type))
+            else:
+                columns.append(column.cast(item.type))
+        except (pa.ArrowException, TypeError) as error:
+            raise UsageError(
+                f"shard {shard}: column '{item.name}' holds {column.type}, elsewhere {item.type} ({error}); "
+                "write it in one type"
+            ) from None
     return pa.Table.from_arrays(columns, schema=schema)
 
 

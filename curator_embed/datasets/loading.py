@@ -59,7 +59,9 @@ def load_embeddings(
         if isinstance(lists, pa.ChunkedArray):
             lists = lists.chunk(0) if lists.num_chunks else pa.array([], table.schema.field(column).type)
         here, present = _as_matrix(lists, file, column)
-        keys = table.column(key).to_numpy()
+        found = table.column(key)
+        # Arrow would give integers beside a null as floats, which lose digits.
+        keys = np.array(found.to_pylist(), dtype=object) if found.null_count else found.to_numpy()
         if missing == "drop":
             here, keys = here[present], keys[present]
         else:

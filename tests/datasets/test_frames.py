@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.datasets.loading import load_embeddings
+from curator_embed.errors import UsageError
+from tests.shards import write_tar
 from tests.stub import ColourEmbedder, ColourModel
 
 
@@ -43,3 +50,31 @@ def test_an_error_in_the_model_is_not_kept(source: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         frame.compute()
     assert frame["image_embedding"].compute().notna().sum() == 28
+
+
+def test_columns_are_those_of_all_shards(tmp_path: Path) -> None:
+    for number, fields in enumerate(({"msg": None}, {"msg": "text", "more": 1})):
+        members = [("a.jpg", b"x"), ("a.json", json.dumps(fields).encode())]
+        write_tar(tmp_path / f"{number:05d}.tar", members)
+    frame = open_dataset(tmp_path).metadata.compute()
+    assert frame["msg"].fillna("none").tolist() == ["none", "text"]
+    assert frame["more"].fillna(0).tolist() == [0, 1]
+
+
+def test_columns_of_no_common_type_name_the_shards(source: Path) -> None:
+    path = source / "00001.parquet"
+    table = pq.read_table(path)
+    number = table.column_names.index("width")
+    pq.write_table(table.set_column(number, "width", table["width"].cast(pa.int64())), path)
+    assert str(open_dataset(source).metadata.dtypes["width"]) == "int64[pyarrow]"
+    pq.write_table(table.set_column(number, "width", table["width"].cast(pa.string())), path)
+    with pytest.raises(UsageError, match="'width' is int32 in shard 00000 and string in shard 00001"):
+        _ = open_dataset(source).metadata
+
+
+def test_integer_ids_beside_a_null_lose_nothing(tmp_path: Path) -> None:
+    table = pa.table({"key": [2**60 + 1, None], "image_embedding": [[1.0], [2.0]]})
+    pq.write_table(table, tmp_path / "0.parquet")
+    ids, _ = load_embeddings(str(tmp_path / "0.parquet"))
+    assert ids.dtype == np.dtype(object)
+    assert ids.tolist() == [2**60 + 1, None]

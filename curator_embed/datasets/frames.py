@@ -182,6 +182,7 @@ def _to_frame(table: pa.Table) -> Any:
 def assigned_columns(dataset: ImageTextPairDataset) -> dd.DataFrame | None:
     """The id and the columns that were assigned to ``metadata``, or None when there are none."""
     added = dataset.added_columns()
+    _check_rows_and_columns(dataset, added)
     if not added:
         return None
     frame = dataset.metadata
@@ -193,22 +194,47 @@ def assigned_columns(dataset: ImageTextPairDataset) -> dd.DataFrame | None:
     return chosen
 
 
+def _check_rows_and_columns(dataset: ImageTextPairDataset, added: Sequence[str]) -> None:
+    """Refuse what a save would silently leave out: dropped rows, and new values in columns that were read."""
+    step: Any = dataset.metadata.expr if dataset.has_metadata else None
+    while type(step).__name__ in ("Assign", "Projection", "Filter", "DropnaFrame", "DropDuplicates", "Head", "Tail"):
+        if type(step).__name__ == "Assign":
+            again = [name for name in step.keys if name in dataset.metadata.columns and name not in added]
+            if again:
+                raise UsageError(f"the metadata's column '{again[0]}' was assigned anew; use a new name for it")
+        elif type(step).__name__ != "Projection":
+            raise UsageError(
+                "the metadata has lost rows, but save_metadata() writes all of them; pass on_error='drop' to leave "
+                "failed rows out, or mark rows in a boolean column and write them with to_webdataset()"
+            )
+        step = step.frame
+
+
 def write_assigned(frame: dd.DataFrame, dataset: ImageTextPairDataset, job: ShardJob) -> None:
     """Add assigned columns to the files that a run has just written, a shard at a time."""
     with some_client() as client:
         partitions = frame.to_delayed()
+        kinds = _as_arrow(frame._meta).schema
         for start in range(0, len(partitions), 64):
             parts = [
-                delayed(_write_one)(part, shard, job)
+                delayed(_write_one)(part, shard, job, kinds)
                 for part, shard in zip(partitions[start : start + 64], dataset.shards[start : start + 64], strict=True)
             ]
             client.gather(client.compute(parts))
 
 
-def _write_one(part: Any, shard: Shard, job: ShardJob) -> int:
-    """Add the columns of one partition to its shard's file, by id."""
+def _as_arrow(part: Any) -> pa.Table:
     table = part.to_arrow() if hasattr(part, "to_arrow") else pa.Table.from_pandas(part, preserve_index=False)
-    table = table.replace_schema_metadata(None)
+    return table.replace_schema_metadata(None)
+
+
+def _write_one(part: Any, shard: Shard, job: ShardJob, kinds: pa.Schema) -> int:
+    """Add the columns of one partition to its shard's file, by id; ``kinds`` are the types of the whole frame."""
+    table = _as_arrow(part)
+    # A column of Python objects has no type before its values are there.
+    known = [kinds.field(item.name) if not pa.types.is_null(kinds.field(item.name).type) else item
+             for item in table.schema]  # fmt: skip
+    table = _aligned(table, pa.schema([pa.field(item.name, _without_null(item.type)) for item in known]), shard.name)
     target = Location.of(job.target(shard), job.storage_options)
     token = target.token()
     with target.open_parquet() as parquet:
@@ -218,8 +244,7 @@ def _write_one(part: Any, shard: Shard, job: ShardJob) -> int:
     foreign = [name for name in names if name in schema.names and _recipe(footer, name) != ASSIGNED]
     if foreign and not job.overwrite:
         raise UsageError(f"{target.path}: column '{foreign[0]}' is already there; pass overwrite=True to replace it")
-    own_ids = [str(text) for text in ids_as_text(table.column(job.id_col))]
-    rows = pair(ids_as_text(ids), own_ids).sample_of_row
+    rows = _rows_of(ids_as_text(ids), ids_as_text(table.column(job.id_col)), job, shard)
     positions = pa.array(rows, mask=rows < 0)
     columns = {
         name: NewColumn(table.schema.field(name).type, _taking(table.column(name).combine_chunks(), positions))
@@ -229,6 +254,22 @@ def _write_one(part: Any, shard: Shard, job: ShardJob) -> int:
     footer = Footer({**footer.columns, **made}, footer.counts, footer.output, footer.id_col)
     empty = np.empty(0, dtype=np.int64)
     return write_table(TablePlan(target, None, np.arange(len(ids)), None, empty, columns, footer), target, token)
+
+
+def _rows_of(ids: list[str | None], own: list[str | None], job: ShardJob, shard: Shard) -> np.ndarray:
+    """For each row of the file the frame's row, -1 for none: by position where the ids say so, else by id."""
+    common = min(len(ids), len(own))
+    if ids[:common] == own[:common] and (len(own) == common or job.on_error != "drop"):
+        return np.concatenate([np.arange(common), np.full(len(ids) - common, -1)])
+    with_id = np.array([row for row, text in enumerate(own) if text is not None], dtype=np.int64)
+    found = pair(ids, [text for text in own if text is not None])
+    if found.ambiguous.any():
+        raise UsageError(
+            f"shard {shard.name}: '{next(iter(found.unequal))}' is the id of several rows, of which some were left "
+            "out; the run's own columns are saved. Open what was saved and assign the column to that"
+        )
+    sample = found.sample_of_row
+    return np.where(sample < 0, -1, with_id[sample]) if len(with_id) else sample
 
 
 ASSIGNED = {"step": "assigned"}

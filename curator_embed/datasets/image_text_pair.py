@@ -402,6 +402,11 @@ class ImageTextPairDataset:
             progress=progress,
         )
 
+    @property
+    def has_metadata(self) -> bool:
+        """Whether ``metadata`` was asked for, so that it may have been changed."""
+        return self._metadata is not None
+
     def added_columns(self) -> list[str]:
         """Columns that were assigned to ``metadata`` and are in no file yet."""
         if self._metadata is None:

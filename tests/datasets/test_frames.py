@@ -78,3 +78,26 @@ def test_integer_ids_beside_a_null_lose_nothing(tmp_path: Path) -> None:
     ids, _ = load_embeddings(str(tmp_path / "0.parquet"))
     assert ids.dtype == np.dtype(object)
     assert ids.tolist() == [2**60 + 1, None]
+
+
+def test_assigned_values_of_rows_without_an_id(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [("a.jpg", b"x")])
+    pq.write_table(pa.table({"key": ["a", None, "None", "a"], "n": [1, 2, 3, 4]}), tmp_path / "0.parquet")
+    write_tar(tmp_path / "1.tar", [("b.jpg", b"x")])
+    pq.write_table(pa.table({"key": ["b"], "n": pa.array([None], pa.int64())}), tmp_path / "1.parquet")
+    dataset = open_dataset(tmp_path)
+    dataset.metadata["twice"] = dataset.metadata["n"] * 2
+    dataset.save_metadata(progress=False)
+    assert pq.read_table(tmp_path / "0.parquet")["twice"].to_pylist() == [2, 4, 6, 8]
+    assert pq.read_schema(tmp_path / "1.parquet").field("twice").type == pa.int64()
+
+
+def test_what_a_save_would_leave_out_is_refused(source: Path) -> None:
+    dataset = open_dataset(source)
+    dataset.metadata["caption"] = dataset.metadata["caption"].str.upper()
+    with pytest.raises(UsageError, match=r"'caption' was assigned anew; use a new name"):
+        dataset.save_metadata(progress=False)
+    dataset = open_dataset(source)
+    dataset.metadata = dataset.metadata[dataset.metadata["caption"] != "photo 0"]
+    with pytest.raises(UsageError, match=r"lost rows.*to_webdataset"):
+        dataset.save_metadata(progress=False)

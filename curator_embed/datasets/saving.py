@@ -42,6 +42,8 @@ def save(
     _check_arguments(dataset, path, columns, on_error, limit)
     job = dataset.job(path, columns, on_error, overwrite)
     assigned = assigned_columns(dataset)
+    if assigned is not None and limit is not None:
+        raise UsageError("limit= cannot go with columns assigned to the metadata; save without one of them")
     certificate = _certificates(dataset, job) if certify else {}
 
     def write_added(job: ShardJob) -> None:

@@ -251,7 +251,7 @@ def _write_one(part: Any, shard: Shard, job: ShardJob, kinds: pa.Schema) -> int:
         for name in names
     }
     made = {name: {"recipe": ASSIGNED, "samples": {}} for name in names}
-    footer = Footer({**footer.columns, **made}, footer.counts, footer.output, footer.id_col)
+    footer = Footer({**footer.columns, **made}, footer.counts, footer.output, footer.id_col, footer.table)
     empty = np.empty(0, dtype=np.int64)
     return write_table(TablePlan(target, None, np.arange(len(ids)), None, empty, columns, footer), target, token)
 

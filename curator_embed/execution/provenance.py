@@ -44,12 +44,14 @@ class Footer:
         counts: ``{"read", "embedded", "failed", "no_image", "reasons"}`` of the shard.
         output: how the rows were chosen (``on_error``, ``columns``, ``limit``); empty in place.
         id_col: name of the id column.
+        table: the table that an output was made from: its ``rows``, size and mtime or etag; empty in place.
     """
 
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
     output: dict[str, Any] = field(default_factory=dict)
     id_col: str = "key"
+    table: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, schema: pa.Schema) -> Footer:
@@ -61,7 +63,13 @@ class Footer:
             value = json.loads(raw)
             if value.get("format") != FORMAT:
                 return cls()
-            return cls(value["columns"], value.get("counts", {}), value.get("output", {}), value.get("id_col", "key"))
+            return cls(
+                value["columns"],
+                value.get("counts", {}),
+                value.get("output", {}),
+                value.get("id_col", "key"),
+                value.get("table", {}),
+            )
         except (ValueError, KeyError, AttributeError):
             return cls()
 
@@ -73,6 +81,7 @@ class Footer:
             "columns": self.columns,
             "counts": self.counts,
             "output": self.output,
+            "table": self.table,
         }
         return canonical_json(value).encode()
 

@@ -202,10 +202,10 @@ def look(job: ShardJob, shard: Shard) -> Look:
     table: tuple[pa.Schema | None, int | None] = (None, None)
     path = shard.table_path()
     if job.output is not None and path is not None:
-        counts = Footer.of(target[0]).counts if target[0] is not None else {}
-        if counts.get("table") and counts["table"] == _stored(path, job):
+        made_from = Footer.of(target[0]).table if target[0] is not None else {}
+        if made_from and made_from == {"rows": made_from.get("rows"), **(_stored(path, job) or {})}:
             # The very table that the output was made from: its rows are known.
-            table = None, counts.get("table_rows")
+            table = None, made_from["rows"]
         else:
             table = _table_of(path, job)
     return Look(shard.fingerprint(), *target, *table, damaged)
@@ -229,7 +229,7 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
     if there is not None:
         footer, options = Footer.of(there), job.output_options(limit)
         found = _status(there, job, seen)
-        same_rows = footer.counts.get("table_rows") == (None if table is None else seen.table_rows)
+        same_rows = footer.table.get("rows") == (None if table is None else seen.table_rows)
         # A limited run writes whole shards as any run does; only the last one is cut.
         whole = {name: value for name, value in options.items() if name != "limit"}
         if footer.output in (options, whole) and not found.todo and not found.conflict and same_rows:
@@ -248,7 +248,7 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
         elif footer.output != options:
             why = f"was written with other options ({footer.output} there, {options} now)"
         elif not same_rows:
-            why = f"was written from {footer.counts.get('table_rows')} rows, the input has {seen.table_rows} now"
+            why = f"was written from {footer.table.get('rows')} rows, the input has {seen.table_rows} now"
         else:
             why = "is already there without the new columns; add them in place (open it, no output path)"
         return Survey((), False, why, footer, seen.target_rows)
@@ -685,12 +685,10 @@ class ShardRun:
             for name in step.columns():
                 columns[name] = {"recipe": recipe, "samples": samples}
         columns[ERROR_COLUMN] = {"recipe": {"step": "image_error"}, "samples": samples}
-        counts = self.report.counts()
-        if self.job.output is not None:
-            path = self.shard.table_path()
-            counts["table_rows"] = None if path is None else len(self.table.ids)
-            counts["table"] = None if path is None else _stored(path, self.job)
-        return Footer(columns, counts, self.job.output_options(self.limit), self.job.id_col)
+        table: dict[str, Any] = {}
+        if self.job.output is not None and (path := self.shard.table_path()) is not None:
+            table = {"rows": len(self.table.ids), **(_stored(path, self.job) or {})}
+        return Footer(columns, self.report.counts(), self.job.output_options(self.limit), self.job.id_col, table)
 
 
 def _reads_itself(step: Step) -> bool:

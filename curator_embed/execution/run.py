@@ -31,7 +31,7 @@ from curator_embed.execution.output import Location, clear_temporaries
 from curator_embed.execution.planning import group_shards
 from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.shard_run import ShardJob, ShardReport, Survey, look, survey
+from curator_embed.execution.shard_run import TO_PAIR_BY, ShardJob, ShardReport, Survey, look, survey
 from curator_embed.execution.worker import close_run, progress_topic, run_task, stop_run
 from curator_embed.sources.files import fingerprint, is_remote
 from curator_embed.sources.shard import Shard
@@ -212,9 +212,11 @@ def check_plan(plan: RunPlan) -> None:
     if conflicts:
         path, why = conflicts[0]
         more = f" ({len(conflicts) - 1} more files like it)" if len(conflicts) > 1 else ""
+        if TO_PAIR_BY in why:
+            raise UsageError(f"{why}{more}. Nothing was changed")
         raise UsageError(
-            f"{path}: {why}{more}. Nothing was changed. Pass overwrite=True to replace what is in the way, "
-            "or choose another output path or column name"
+            f"{path}: {why}{more}. Nothing was changed. Pass overwrite=True (--overwrite) to replace what is in the "
+            "way, or choose another output path or column name"
         )
     if plan.bytes_to_write and plan.bytes_free is not None and plan.bytes_to_write > plan.bytes_free:
         raise UsageError(

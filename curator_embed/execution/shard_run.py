@@ -294,12 +294,17 @@ def _same_file(one: str, other: str, job: ShardJob) -> bool:
     return type(a.fs) is type(b.fs) and a.path == b.path
 
 
+TO_PAIR_BY = "to pair rows and images by"
+"""Marks a conflict that overwriting cannot mend."""
+
+
 def _unusable(schema: pa.Schema | None, job: ShardJob, path: str) -> str:
     """Why a table cannot be worked on as asked; empty when it can."""
     if schema is None:
         return ""
     if job.id_col not in schema.names:
-        return f"the table has no column '{job.id_col}'; choose the id column (it has: {', '.join(schema.names[:12])})"
+        there = ", ".join(schema.names[:12])
+        return f"{path}: no column '{job.id_col}' {TO_PAIR_BY}; choose one with id_col= (--id-col) (it has: {there})"
     ours = Footer.of(schema).columns
     if job.steps and not job.overwrite and ERROR_COLUMN in schema.names and ERROR_COLUMN not in ours:
         return f"column '{ERROR_COLUMN}' is already there and does not say what made it"

@@ -14,7 +14,7 @@ OLD_VENV := .venv-pyarrow14
 OLD_INSTALLED := $(OLD_VENV)/.installed
 DEMO ?= demo-output
 PYTEST_ARGS ?=
-LOCKED_EXTRAS := s3 http clip faiss service clusters notebook demo docs test
+LOCKED_EXTRAS := s3 http clip faiss service clusters kubernetes databricks notebook demo docs test
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS)
 LOCK_ARGS ?=
 

@@ -101,18 +101,20 @@ class KubernetesConfig(ClusterConfig):
     idle_timeout: int = 3600
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_wait()
         if not self.image:
-            raise self._wrong("image", "name the container image that the pods run")
+            raise self.wrong("image", "name the container image that the pods run")
         if not _NAME.fullmatch(self.name):
-            raise self._wrong("name", f"{self.name!r} is none: at most 53 of a-z, 0-9 and '-', no '-' at its ends")
+            raise self.wrong("name", f"{self.name!r} is none: at most 53 of a-z, 0-9 and '-', no '-' at its ends")
         if self.service_type not in ("ClusterIP", "LoadBalancer", "NodePort"):
-            raise self._wrong("service_type", f"{self.service_type!r}: choose ClusterIP, LoadBalancer or NodePort")
+            raise self.wrong("service_type", f"{self.service_type!r}: choose ClusterIP, LoadBalancer or NodePort")
         for key, quantity in (("memory", self.memory), ("scheduler_memory", self.scheduler_memory)):
             if not _QUANTITY.fullmatch(quantity):
-                raise self._wrong(key, f"{quantity!r} is no quantity of Kubernetes, such as 16Gi")
+                raise self.wrong(key, f"{quantity!r} is no quantity of Kubernetes, such as 16Gi")
         for variable in self.env:
             if _SECRET_NAME.search(variable) and not _PLACE_NAME.search(variable):
-                raise self._wrong(
+                raise self.wrong(
                     f"env.{variable}",
                     f"a credential does not belong in this file. Put it into a Secret and write "
                     f"'secret_env: {{{variable}: SECRET/KEY}}'",
@@ -120,10 +122,10 @@ class KubernetesConfig(ClusterConfig):
         for variable, reference in self.secret_env.items():
             if not re.fullmatch(r"[^/\s]+/[^/\s]+", reference):
                 # The value is not shown: it may be the credential itself.
-                raise self._wrong(f"secret_env.{variable}", "write it as SECRET/KEY, the Secret and the key in it")
+                raise self.wrong(f"secret_env.{variable}", "write it as SECRET/KEY, the Secret and the key in it")
         for option in self.options:
             if option in _IN_THE_MANIFEST:
-                raise self._wrong(f"options.{option}", f"it has no effect here; use {_IN_THE_MANIFEST[option]}")
+                raise self.wrong(f"options.{option}", f"it has no effect here; use {_IN_THE_MANIFEST[option]}")
         self.manifest()
 
     def manifest(self) -> dict[str, Any]:
@@ -161,7 +163,7 @@ class KubernetesConfig(ClusterConfig):
             options["create_mode"] = CreateMode(options["create_mode"])
         except ValueError:
             choices = ", ".join(mode.value for mode in CreateMode)
-            raise self._wrong("options.create_mode", f"{options['create_mode']!r}: choose {choices}") from None
+            raise self.wrong("options.create_mode", f"{options['create_mode']!r}: choose {choices}") from None
 
         def create() -> Any:
             return KubeCluster(custom_cluster_spec=self.manifest(), namespace=self.namespace, **options)
@@ -178,12 +180,14 @@ class KubernetesConfig(ClusterConfig):
             if options["create_mode"] is not CreateMode.CONNECT_ONLY:
                 self._remove()
             raise CuratorEmbedError(
-                f"{self.path}: no Dask scheduler within {self.wait_seconds:g} s (wait_seconds): "
-                + "; ".join(problems)
-                + f". See 'kubectl {self._in_namespace}get pods -l dask.org/cluster-name={self.name}'"
+                f"{self.path}: no Dask scheduler within {self.wait_seconds:g} s (wait_seconds): {'; '.join(problems)}"
             ) from None
         except Exception as error:
             raise self._failed(error) from error
+
+    def where_to_look(self) -> str:
+        pods = f"'kubectl {self._in_namespace}get pods -l dask.org/cluster-name={self.name}'"
+        return "; ".join([pods, *self._pod_problems()])
 
     def _failed(self, error: Exception) -> CuratorEmbedError:
         """What an error of dask-kubernetes or of the API means here."""
@@ -227,9 +231,6 @@ class KubernetesConfig(ClusterConfig):
     def _in_namespace(self) -> str:
         return "" if self.namespace is None else f"-n {self.namespace} "
 
-    def _wrong(self, key: str, problem: str) -> UsageError:
-        return UsageError(f"{self.path}: {key}: {problem}")
-
     def _worker_pod(self) -> dict[str, Any]:
         workers = self.gpus_per_node or self.workers_per_node
         # 'auto' would give a worker the share of the pod's memory that its threads are of the pod's cores.
@@ -255,17 +256,15 @@ class KubernetesConfig(ClusterConfig):
         return self._with(pod, self.pod, "pod")
 
     def _scheduler_pod(self) -> dict[str, Any]:
-        health = {"httpGet": {"port": "http-dashboard", "path": "/health"}}
         container = {
             "name": "scheduler",
             "image": self.image,
             "args": ["dask", "scheduler", "--host", "0.0.0.0"],
             "resources": _resources(self.scheduler_cpu, self.scheduler_memory, 0),
             "ports": [_port("tcp-comm", SCHEDULER_PORT), _port("http-dashboard", DASHBOARD_PORT)],
-            "readinessProbe": health | {"periodSeconds": 2, "timeoutSeconds": 10},
+            "readinessProbe": _health(periodSeconds=2, timeoutSeconds=10),
             # A scheduler that is restarted loses the run: only one that is silent for minutes is taken for dead.
-            "livenessProbe": health
-            | {"initialDelaySeconds": 30, "periodSeconds": 30, "timeoutSeconds": 30, "failureThreshold": 5},
+            "livenessProbe": _health(initialDelaySeconds=30, periodSeconds=30, timeoutSeconds=30, failureThreshold=5),
         }
         return self._pod() | {"containers": [container]}
 
@@ -289,7 +288,7 @@ class KubernetesConfig(ClusterConfig):
     def _with(self, ours: dict[str, Any], further: Mapping[str, Any], key: str) -> dict[str, Any]:
         for name in further:
             if name in ours or name in ("containers", "nodeSelector", "tolerations", "serviceAccountName"):
-                raise self._wrong(f"{key}.{name}", "this field comes from the file's other keys; remove it here")
+                raise self.wrong(f"{key}.{name}", "this field comes from the file's other keys; remove it here")
         return ours | dict(further)
 
 
@@ -343,6 +342,10 @@ def _resources(cpu: float, memory: str, gpus: int) -> dict[str, Any]:
 def _from_secret(variable: str, reference: str) -> dict[str, Any]:
     name, key = reference.split("/")
     return {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key}}}
+
+
+def _health(**timing: int) -> dict[str, Any]:
+    return {"httpGet": {"port": "http-dashboard", "path": "/health"}, **timing}
 
 
 def _port(name: str, number: int) -> dict[str, Any]:

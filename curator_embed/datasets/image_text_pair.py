@@ -116,7 +116,7 @@ class ImageTextPairDataset:
             images_per_file: lines a shard.
             id_col: the column that holds the lines as they are.
             metadata_path: where parquet files of an earlier run lie, to add columns to them. By default
-                the folder ``{path_file without its ending}_metadata``, where ``save_metadata()`` puts them.
+                the folder ``{path_file}_metadata``, where ``save_metadata()`` puts them.
             reading: how many images are read at a time, timeouts and retries.
             storage_options: handed on to fsspec.
 

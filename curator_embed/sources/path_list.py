@@ -238,8 +238,9 @@ class PathListShard(Shard):
         return f"{redact(self.listed.path)}, lines {self.lines.start}-{self.lines.end}"
 
     def own_table(self) -> str:
-        """Beside the list, in a folder named after it."""
-        return f"{os.path.splitext(self.listed.path)[0]}_metadata/{self.name}.parquet"
+        """Beside the list, in a folder named after it, ending and all: ``photos.txt`` often names the images of
+        ``photos/``, whose own tables lie in ``photos_metadata``."""
+        return f"{self.listed.path}_metadata/{self.name}.parquet"
 
     def fingerprint(self) -> dict[str, Any]:
         """A digest of the lines. Not of the images: looking at each would cost as much as reading them."""

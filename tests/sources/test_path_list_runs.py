@@ -63,7 +63,7 @@ def test_every_line_is_a_row(client: Client, listing: Path, tmp_path: Path) -> N
 
 def test_columns_are_added_later_and_rows_exported(client: Client, listing: Path, tmp_path: Path) -> None:
     ColourEmbedder()(opened(listing)).save_metadata(progress=False)
-    folder = listing.parent / "list_metadata"
+    folder = listing.parent / "list.txt_metadata"
     assert len(list(folder.glob("*.parquet"))) == 3
     dataset = ColourEmbedder("second")(opened(listing))
     dataset.save_metadata(progress=False)
@@ -82,6 +82,17 @@ def test_columns_are_added_later_and_rows_exported(client: Client, listing: Path
         with tarfile.open(path.with_suffix(".tar")) as archive:
             stored = [archive.extractfile(member).read() for member in archive]
         assert stored == [(listing.parent / "images" / x.removeprefix("laion/")).read_bytes() for x in lines]
+
+
+def test_a_list_does_not_take_the_tables_of_the_folder_it_names(client: Client, listing: Path) -> None:
+    folder = listing.parent / "images"
+    named = listing.with_name("images.txt")
+    named.write_text("".join(f"images/{path.relative_to(folder)}\n" for path in sorted(folder.rglob("*.jpg"))))
+    ColourEmbedder()(ImageTextPairDataset.from_folder(folder)).save_metadata(progress=False)
+    report = ColourEmbedder()(ImageTextPairDataset.from_path_list(named, root=folder)).save_metadata(progress=False)
+    assert (report.embedded, report.shards["done"]) == (20, 1)
+    (table,) = (pq.read_table(path) for path in (listing.parent / "images.txt_metadata").glob("*.parquet"))
+    assert table["path"].to_pylist() == named.read_text().splitlines()
 
 
 def _part(listing: Path, out: str, start: int, end: int | None) -> None:

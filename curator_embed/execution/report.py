@@ -30,11 +30,14 @@ class RunReport:
         wall_seconds: this run, from the first shard to the last.
         decoders: images of this run by what decoded them ("pillow", "dali").
         time: busy seconds a stage, summed over all threads of all workers; ``idle`` is how long models waited.
-        workers: Dask workers that took part.
+        workers: Dask workers at a time, at most.
+        workers_lost: Dask workers that left while the run went on.
+        worker_seconds: time that workers were there, summed over them.
         settings: what was settled for the run (device, threads, compile, batch shape), per column.
         faults: shard name -> why it was set aside.
         certificate: figures of the comparison with the models' own preprocessing, when asked for.
         stopped: the run was asked to stop before all shards had begun.
+        ended: why the run could not go on; empty when it came to its end.
         dataset: the saved dataset, with nothing pending.
     """
 
@@ -50,6 +53,8 @@ class RunReport:
     wall_seconds: float = 0.0
     time: dict[str, float] = field(default_factory=lambda: dict.fromkeys(StageClock.STAGES, 0.0))
     workers: int = 1
+    workers_lost: int = 0
+    worker_seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     notes_left_out: int = 0
@@ -57,6 +62,7 @@ class RunReport:
     examples: list[tuple[str, str, str]] = field(default_factory=list)
     certificate: dict[str, Any] = field(default_factory=dict)
     stopped: bool = False
+    ended: str = ""
     dataset: ImageTextPairDataset | None = None
 
     @property
@@ -80,14 +86,18 @@ class RunReport:
             if not shard.skipped:
                 self.images_this_run += shard.read - shard.no_image
                 self.decoders = dict(sorted((Counter(self.decoders) + Counter(shard.decoders)).items()))
-        self._note(f"{note.path}: {note.message}" for note in shard.notes)
-        self._note(f"{shard.shard}: {text}" for text in shard.exceptions)
+        self._note_all(f"{note.path}: {note.message}" for note in shard.notes)
+        self._note_all(f"{shard.shard}: {text}" for text in shard.exceptions)
         for key, reason in shard.examples[: max(0, 10 - len(self.examples))]:
             self.examples.append((shard.shard, key, reason))
         for stage, seconds in shard.seconds.items():
             self.time[stage] += seconds
 
-    def _note(self, messages: Iterable[str]) -> None:
+    def note(self, message: str) -> None:
+        """Keep something that a person should know."""
+        self._note_all([message])
+
+    def _note_all(self, messages: Iterable[str]) -> None:
         for message in messages:
             if message in self.notes:
                 continue
@@ -108,6 +118,7 @@ class RunReport:
             "wall_seconds": round(self.wall_seconds, 3),
             "time": {stage: round(seconds, 3) for stage, seconds in self.time.items()},
             "workers": self.workers,
+            "workers_lost": self.workers_lost,
             "shards": self.shards,
             "images_without_row": self.images_without_row,
             "decoders": self.decoders,
@@ -117,6 +128,7 @@ class RunReport:
             "examples_of_failed_rows": [list(example) for example in self.examples],
             "certificate": self.certificate,
             "stopped": self.stopped,
+            "ended": self.ended,
         }
 
     def to_json(self) -> str:
@@ -136,9 +148,11 @@ class RunReport:
             lines.append(f"images with no row {self.images_without_row:>8,}")
         shards = ", ".join(f"{count:,} {state}" for state, count in self.shards.items() if count)
         lines.append(f"shards         {shards or 'none'}")
+        if self.workers_lost:
+            lines.append(f"workers        {self.workers:,} at a time, {self.workers_lost:,} lost on the way")
         if self.images_this_run:
             lines.append(f"speed          {self.images_per_second:>12,.1f} images/s over {self.wall_seconds:,.1f} s")
-            total = self.wall_seconds * self.workers
+            total = self.worker_seconds or self.wall_seconds * self.workers
             parts = [f"{stage} {self.time[stage] / total:.0%}" for stage in StageClock.STAGES if total > 0]
             lines.append(f"busy           {', '.join(parts)}  (of the wall time; threads add up)")
         if "dali" in self.decoders:

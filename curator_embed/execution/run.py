@@ -1,6 +1,6 @@
-"""The driver's side of a run: what is left to do, dealt out to workers, counted and reported.
+"""A run from plan to report: what is left to do, whether it can be done, and what is kept of it.
 
-Its memory does not grow with rows, and only as many tasks are under way as keep the workers busy.
+Reads footers and sizes only; the shards themselves are the workers' (``driver.py`` hands them out).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -21,29 +21,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from distributed import Client, Future, as_completed
+from distributed import Client
 from tqdm.auto import tqdm
 
 from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
 from curator_embed.execution.clients import some_client
+from curator_embed.execution.driver import Driver
 from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.output import Location, clear_temporaries
-from curator_embed.execution.planning import group_shards
 from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.shard_run import TO_PAIR_BY, ShardJob, ShardReport, Survey, look, survey
-from curator_embed.execution.worker import close_run, progress_topic, run_task, stop_run
+from curator_embed.execution.shard_run import TO_PAIR_BY, ShardJob, Survey, look, survey
+from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.files import fingerprint, is_remote
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Step
 
 SURVEY_THREADS = {"local": 2, "remote": 16}
 """Threads that read footers: from a local disk more than two only wait for each other."""
-
-STOP_EVERY_S = 0.2
-"""How often it is looked whether the workers must be told to stop."""
-TASKS_UNDER_WAY = 2
-"""Tasks handed to Dask for each of a worker's threads: one runs, one waits."""
 
 
 class RunStopped(CuratorEmbedError):
@@ -272,7 +267,7 @@ def execute(
         report = RunReport(settings=plan.settings, certificate=certificate or {})
         started = time.perf_counter()
         with _stop_requests() as stop:
-            _Driver(client, plan, report, limit, stop, locks).run(progress)
+            Driver(client, plan, report, limit, stop, locks).run(progress)
         report.wall_seconds = time.perf_counter() - started
         if not any(lock.lost.is_set() for lock in locks):  # else they may be the next run's
             for target in targets:
@@ -338,6 +333,8 @@ def _raise_for(report: RunReport) -> None:
         raise RunStopped(
             f"stopped as asked with {report.shards['left']} shards left; run the same again to go on from there", report
         )
+    if report.ended:
+        raise RunStopped(report.ended, report)
     if report.faults:
         shard, why = next(iter(report.faults.items()))
         raise RunStopped(
@@ -345,23 +342,6 @@ def _raise_for(report: RunReport) -> None:
             f"finished. {shard}: {why.removeprefix('shard: ')}",
             report,
         )
-
-
-def cores_per_worker(client: Client) -> int:
-    """CPU cores that each worker can call its own: a machine's cores over its workers."""
-    found = client.run(_host_and_cores)
-    per_host: dict[str, int] = {}
-    for host, _ in found.values():
-        per_host[host] = per_host.get(host, 0) + 1
-    return max(1, min((cores // per_host[host] for host, cores in found.values()), default=1))
-
-
-def _host_and_cores() -> tuple[str, int]:
-    import socket
-
-    return socket.gethostname(), len(os.sched_getaffinity(0)) if hasattr(
-        os, "sched_getaffinity"
-    ) else os.cpu_count() or 1
 
 
 @contextmanager
@@ -376,7 +356,7 @@ def _stop_requests() -> Iterator[threading.Event]:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
-        tqdm.write("stopping: shards in flight are being finished (press Ctrl-C again to drop them)")
+        tqdm.write("stopping: shards in flight are being finished (press Ctrl-C again to drop them)", file=sys.stderr)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -384,156 +364,3 @@ def _stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Driver:
-    """Hands out tasks and takes in reports."""
-
-    def __init__(
-        self,
-        client: Client,
-        plan: RunPlan,
-        report: RunReport,
-        limit: int | None,
-        stop: threading.Event,
-        locks: Sequence[OutputLock],
-    ) -> None:
-        self.client, self.plan, self.report, self.limit = client, plan, report, limit
-        self.stop, self.locks = stop, locks
-        self.run_id = secrets.token_hex(8)
-        self.positions_of: dict[str, tuple[int, ...]] = {}
-
-    def run(self, show: bool) -> None:
-        """Work off the plan's open shards."""
-        for position, found in enumerate(self.plan.surveys):
-            if found.done:
-                self._add(ShardReport.of_finished(self.plan.shards[position].name, found.footer))
-        finished_before = self.report.read
-        threads = self.client.nthreads()
-        self.report.workers = max(1, len(threads))
-        todo = self.plan.todo
-        if not todo:
-            return
-        if self._stopping():
-            self._leave(len(todo))
-            return
-        total = self.plan.rows if self.plan.rows_known else None
-        topic = progress_topic(self.run_id)
-        with tqdm(total=total, unit="img", disable=not show, smoothing=0.1, dynamic_ncols=True) as bar:
-            self.bar = bar
-            self.client.subscribe_topic(topic, lambda event: bar.update(event[1]["images"]))
-            try:
-                with self._passing_on_stops():
-                    if self.limit is None:
-                        sizes = [int(self.plan.shards[p].fingerprint().get("size") or 0) for p in todo]
-                        groups = [[todo[n] for n in group] for group in group_shards(sizes, len(threads))]
-                        self._hand_out(groups, max(2, TASKS_UNDER_WAY * sum(threads.values())))
-                    else:
-                        self._one_by_one(todo, self.limit)
-                    # Workers tell of their images now and then; what they have not told yet is in their reports.
-                    bar.update(self.report.read - finished_before - bar.n)
-            finally:
-                self.client.unsubscribe_topic(topic)
-                self.client.run(close_run, self.run_id, on_error="ignore")
-
-    @contextmanager
-    def _passing_on_stops(self) -> Iterator[None]:
-        """Tell the workers when the run is to stop: the tasks they have may hold much of it."""
-        over = threading.Event()
-
-        def pass_on() -> None:
-            while not over.wait(STOP_EVERY_S):
-                if self._asked_to_stop():
-                    self.client.run(stop_run, self.run_id, on_error="ignore")  # again and again: workers may be new
-
-        thread = threading.Thread(target=pass_on, name="stop-requests", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join(5)
-
-    def _submit(self, positions: Sequence[int], limit: int | None = None) -> Future[list[ShardReport]]:
-        shards = [self.plan.shards[p] for p in positions]
-        future = self.client.submit(run_task, shards, self.plan.job, self.run_id, limit, pure=False)
-        self.positions_of[str(future.key)] = tuple(positions)
-        return future
-
-    def _hand_out(self, groups: list[list[int]], under_way: int) -> None:
-        waiting = deque(groups)
-        running = as_completed([self._submit(waiting.popleft()) for _ in range(min(under_way, len(waiting)))])
-        for future in running:
-            for again in self._take(future):
-                waiting.appendleft(again)
-            while waiting and not self._stopping() and running.count() < under_way:
-                running.add(self._submit(waiting.popleft()))
-        self._leave(sum(len(group) for group in waiting))
-
-    def _leave(self, shards: int) -> None:
-        """Count shards that were not begun."""
-        self.report.shards["left"] += shards
-        self.report.stopped = self.report.shards["left"] > 0 and self._asked_to_stop()
-
-    def _one_by_one(self, todo: Sequence[int], limit: int) -> None:
-        """With a limit, shards are worked in order until it is reached."""
-        left = limit - self.report.read
-        for number, position in enumerate(todo):
-            if left <= 0:
-                break
-            if self._stopping():
-                self._leave(len(todo) - number)
-                break
-            rows = self.plan.surveys[position].rows
-            future = self._submit([position], None if rows is not None and rows <= left else left)
-            before = self.report.read
-            self._take(future)
-            left -= self.report.read - before
-
-    def _stopping(self) -> bool:
-        raising = self.plan.job.on_error == "raise" and bool(self.report.faults)
-        return raising or self._asked_to_stop()
-
-    def _asked_to_stop(self) -> bool:
-        return self.stop.is_set() or any(lock.lost.is_set() for lock in self.locks)
-
-    def _add(self, shard: ShardReport) -> None:
-        """Count a shard. With ``on_error="raise"`` the failed rows of an earlier run count as this one's would."""
-        self.report.add(shard)
-        if self.plan.job.on_error == "raise" and shard.skipped and shard.failed:
-            self.report.faults[shard.shard] = (
-                f"failed_rows: {shard.shard}: {shard.failed} of {shard.read} rows failed in the run that finished "
-                "this shard; use on_error='keep' or 'drop' to go on without them"
-            )
-
-    def _take(self, future: Future[list[ShardReport]]) -> list[list[int]]:
-        """Count a finished task; returns groups to be tried again."""
-        positions = self.positions_of.pop(str(future.key))
-        try:
-            reports = future.result()
-        except Exception as error:
-            from distributed.scheduler import KilledWorker
-
-            if not isinstance(error, KilledWorker):
-                raise
-            return self._after_worker_deaths(positions)
-        finally:
-            future.release()
-        for report in reports:
-            self._add(report)
-        self._leave(len(positions) - len(reports))
-        self.bar.set_postfix(failed=self.report.failed, refresh=False)
-        return []
-
-    def _after_worker_deaths(self, positions: Sequence[int]) -> list[list[int]]:
-        """Workers died over this task: try its shards one at a time, then set the guilty one aside."""
-        if len(positions) > 1:
-            return [[position] for position in positions]
-        shard = self.plan.shards[positions[0]]
-        report = ShardReport(shard.name)
-        report.fault = (
-            f"shard: {shard.image_source() or shard.name}: every worker that tried this shard died. Look at the "
-            "workers' logs (out of memory?); run again to retry it"
-        )
-        self.report.add(report)
-        return []

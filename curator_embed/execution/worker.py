@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import socket
 import threading
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 from distributed import Worker, get_worker
 
-from curator_embed.errors import UsageError
+from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.engines import CpuEngine, DaliEngine
 from curator_embed.execution.output import Location
-from curator_embed.execution.pipeline import DecodeEngine, Pipeline
+from curator_embed.execution.pipeline import DecodeEngine, Pipeline, PipelineClosed
 from curator_embed.execution.provenance import ERROR_COLUMN
 from curator_embed.execution.shard_run import ShardJob, ShardReport, ShardRun, run_group
 from curator_embed.sources.shard import Shard
@@ -111,6 +114,7 @@ class PipelineKeeper:
         self._lock = threading.Lock()
         self._pipelines: dict[str, Pipeline] = {}
         self._stopping: set[str] = set()
+        self._shared: Counter[str] = Counter()
 
     @classmethod
     def of(cls, worker: Worker) -> PipelineKeeper:
@@ -133,6 +137,14 @@ class PipelineKeeper:
     def stopping(self, run: str) -> bool:
         """Whether the run was asked to stop, or is over."""
         return run in self._stopping
+
+    def share(self, run: str) -> None:
+        """Ask the run's tasks to give back the shards they have not begun."""
+        self._shared[run] += 1
+
+    def times_shared(self, run: str) -> int:
+        """How often they were asked to."""
+        return self._shared[run]
 
     def close(self, run: str) -> None:
         """Stop a run's threads and let go of its models; tasks that come after it do nothing."""
@@ -167,19 +179,71 @@ def progress_topic(run: str) -> str:
     return f"curator-embed-{run}"
 
 
+class WorkerUnfit(CuratorEmbedError):
+    """This worker cannot do the run's job: no model could be loaded here, or what was loaded has broken.
+
+    Attributes:
+        address, host: of the worker.
+        cause: what was raised there.
+        had_begun: it broke while it worked, so that the shards it had may be the reason.
+    """
+
+    def __init__(self, address: str, host: str, cause: Exception, had_begun: bool) -> None:
+        self.address, self.host, self.cause, self.had_begun = address, host, cause, had_begun
+        super().__init__(address, host, cause, had_begun)
+
+    def __str__(self) -> str:
+        what = "broke down" if self.had_begun else "cannot do this run's work"
+        return f"worker {self.address} on {self.host} {what} ({type(self.cause).__name__}: {self.cause})"
+
+
+def _unfit(worker: Worker, cause: Exception, had_begun: bool) -> WorkerUnfit:
+    if not isinstance(cause, CuratorEmbedError):
+        cause.add_note("".join(traceback.format_exception(cause)))  # a traceback does not travel, a note does
+    return WorkerUnfit(worker.address, socket.gethostname(), cause, had_begun)
+
+
 def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None = None) -> list[ShardReport]:
-    """The Dask task: run these shards on this worker's pipeline; those it began before it was told to stop."""
+    """The Dask task: run these shards on this worker's pipeline.
+
+    Returns:
+        A report each of the first so many shards: those that were begun before the worker was told to stop or to
+        give back what it has not begun.
+
+    Raises:
+        WorkerUnfit: this worker can do nothing for the run; another may.
+    """
     worker = get_worker()
     keeper = PipelineKeeper.of(worker)
     if keeper.stopping(run):
         return []
-    pipeline = keeper.get(run, job, ProgressReporter(worker, progress_topic(run)))
-    return run_group(shards, job, pipeline, limit, stopping=lambda: keeper.stopping(run))
+    try:
+        pipeline = keeper.get(run, job, ProgressReporter(worker, progress_topic(run)))
+    except Exception as error:
+        raise _unfit(worker, error, had_begun=False) from error
+    begun, shared = 0, keeper.times_shared(run)
+
+    def stopping() -> bool:
+        nonlocal begun
+        begun += 1
+        return keeper.stopping(run) or (begun > 1 and keeper.times_shared(run) != shared)
+
+    try:
+        return run_group(shards, job, pipeline, limit, stopping=stopping)
+    except Exception as error:
+        if error is pipeline.fault and not isinstance(error, PipelineClosed):
+            raise _unfit(worker, error, had_begun=True) from error
+        raise
 
 
 def stop_run(run: str, dask_worker: Any = None) -> None:
     """Begin no more shards of a run on this worker (called through ``Client.run``)."""
     PipelineKeeper.of(dask_worker).stop(run)
+
+
+def share_run(run: str, dask_worker: Any = None) -> None:
+    """Ask for the shards back that this worker's tasks have not begun (called through ``Client.run``)."""
+    PipelineKeeper.of(dask_worker).share(run)
 
 
 def close_run(run: str, dask_worker: Any = None) -> None:

@@ -90,7 +90,7 @@ def test_a_run_that_lost_its_lock_removes_no_temporaries(
         driver._leave(1)
         theirs.write_bytes(b"the next run's")
 
-    monkeypatch.setattr(run._Driver, "run", lose)
+    monkeypatch.setattr(run.Driver, "run", lose)
     with pytest.raises(RunStopped):
         opened(folder).save_metadata(progress=False)
     assert theirs.exists()
@@ -122,6 +122,7 @@ def test_a_cluster_without_workers_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         def release(self) -> None:
             pass
 
-    empty: Any = SimpleNamespace(nthreads=dict, submit=lambda *a, **k: Never())
-    with pytest.raises(CuratorEmbedError, match="has no worker"):
+    scheduler, cluster = SimpleNamespace(address="tcp://10.0.0.1:8786"), SimpleNamespace(plan={0, 1, 2})
+    empty: Any = SimpleNamespace(nthreads=dict, submit=lambda *a, **k: Never(), scheduler=scheduler, cluster=cluster)
+    with pytest.raises(CuratorEmbedError, match=r"tcp://10.0.0.1:8786 has no worker"):
         saving.place_on_workers(empty, None)  # type: ignore[arg-type]

@@ -1,0 +1,412 @@
+"""The driver's loop: hands tasks to the workers that there are, takes in reports, and outlives what workers do.
+
+Workers may come, leave, die and differ while a run goes on. A shard that kills its workers is told from those that
+were merely beside it by trying it alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from distributed import Client, Future
+from distributed.scheduler import KilledWorker
+from tqdm.auto import tqdm
+
+from curator_embed.execution.lock import OutputLock
+from curator_embed.execution.planning import group_shards, split
+from curator_embed.execution.report import RunReport
+from curator_embed.execution.shard_run import ShardReport
+from curator_embed.execution.worker import (
+    WorkerUnfit,
+    close_run,
+    progress_topic,
+    run_task,
+    share_run,
+    stop_run,
+)
+from curator_embed.execution.workers import WAIT_KEY, Workers, host, patience, scheduler_address
+
+if TYPE_CHECKING:
+    from curator_embed.execution.run import RunPlan
+
+log = logging.getLogger(__name__)
+
+TASKS_UNDER_WAY = 2
+"""Tasks handed to Dask for each of the workers' threads: one runs, one waits."""
+LOOK_EVERY_S = 1.0
+"""How often the driver looks which workers there are."""
+STOP_EVERY_S = 0.2
+"""How often it is looked whether the workers must be told to stop."""
+SHARE_EVERY_S = 1.0
+"""How often busy workers are asked to give back shards while others have nothing to do."""
+RESULT_WITHIN_S = 60.0
+"""A finished task's reports are fetched from its worker in this time, or the worker has died with them."""
+CLOSE_WITHIN_S = 30.0
+"""How long workers have to let go of a run's models before the driver goes on without their word."""
+TRIES_ALONE = 3
+"""Workers that must die over one shard while it has its machine to itself before it is set aside."""
+KILLS_IN_A_ROW = 10
+"""So many killed tasks with no shard finished in between, and one more for each under way: no shard is to blame."""
+
+
+class SchedulerGone(Exception):
+    """The scheduler has dropped this run's tasks: it died, was restarted, or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A task that Dask has been given.
+
+    Attributes:
+        only_on: addresses it may run on; None for any.
+        alone: the trial of a single shard that has its machine to itself.
+    """
+
+    future: Future[list[ShardReport]]
+    positions: tuple[int, ...]
+    only_on: frozenset[str] | None = None
+    alone: bool = False
+
+
+class Driver:
+    """One run's tasks, from the first to the last.
+
+    Args:
+        plan: what is to be done; its open shards are worked off.
+        report: counted into.
+        limit: only the first so many rows.
+        stop: set when the run is asked to stop.
+        locks: of the output; a lost one stops the run.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        plan: RunPlan,
+        report: RunReport,
+        limit: int | None,
+        stop: threading.Event,
+        locks: Sequence[OutputLock],
+    ) -> None:
+        self.client, self.plan, self.report, self.limit = client, plan, report, limit
+        self.stop, self.locks = stop, locks
+        self.run_id = secrets.token_hex(8)
+        self.workers = Workers(client)
+        self._waiting: deque[tuple[int, ...]] = deque()
+        self._flights: dict[str, _Flight] = {}
+        self._finished: queue.SimpleQueue[Future[list[ShardReport]]] = queue.SimpleQueue()
+        self._suspects: deque[int] = deque()  # shards of tasks that killed their workers, to be tried alone
+        self._deaths: Counter[int] = Counter()  # of workers, while trying this shard alone
+        self._kills_in_a_row = 0
+        self._refused: Counter[int] = Counter()  # workers whose pipeline broke while they had this shard
+        self._worked = False  # some worker has finished a task
+        self._work_short = threading.Event()  # workers are idle while others have more than they need
+
+    def run(self, show: bool) -> None:
+        """Work off the plan's open shards."""
+        for position, found in enumerate(self.plan.surveys):
+            if found.done:
+                self._add(ShardReport.of_finished(self.plan.shards[position].name, found.footer))
+        finished_before = self.report.read
+        todo = self.plan.todo
+        if not todo:
+            return
+        if self._stopping():
+            self._leave(len(todo))
+            return
+        self.workers.look()
+        total = self.plan.rows if self.plan.rows_known else None
+        topic = progress_topic(self.run_id)
+        with tqdm(total=total, unit="img", disable=not show, smoothing=0.1, dynamic_ncols=True) as bar:
+            self.bar = bar
+            self.client.subscribe_topic(topic, lambda event: bar.update(event[1]["images"]))
+            try:
+                with self._talking_to_workers():
+                    if self.limit is None:
+                        sizes = [int(self.plan.shards[p].fingerprint().get("size") or 0) for p in todo]
+                        groups = group_shards(sizes, len(self.workers.threads))
+                        self._work_off([tuple(todo[n] for n in group) for group in groups])
+                    else:
+                        self._one_by_one(todo, self.limit)
+                    # Workers tell of their images now and then; what they have not told yet is in their reports.
+                    bar.update(self.report.read - finished_before - bar.n)
+            finally:
+                with suppress(ValueError):  # a client that lost its scheduler has forgotten the topic
+                    self.client.unsubscribe_topic(topic)
+                self.report.workers = max(1, self.workers.most)
+                self.report.workers_lost = self.workers.lost
+                self.report.worker_seconds = self.workers.seconds
+
+    # -- talking to workers ----------------------------------------------------------------
+
+    @contextmanager
+    def _talking_to_workers(self) -> Iterator[None]:
+        """Beside the loop: pass on that the run is to stop, ask for shards back, and let go of models at the end.
+
+        In a thread of its own, because a worker that hangs does not answer.
+        """
+        over = threading.Event()
+
+        def talk() -> None:
+            shared = time.monotonic()
+            while not over.wait(STOP_EVERY_S):
+                if self._asked_to_stop():
+                    self._tell(stop_run)  # again and again: workers may be new
+                elif self._work_short.is_set() and time.monotonic() - shared >= SHARE_EVERY_S:
+                    self._tell(share_run)
+                    shared = time.monotonic()
+            self._tell(close_run)
+
+        thread = threading.Thread(target=talk, name="talking-to-workers", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(CLOSE_WITHIN_S)
+
+    def _tell(self, message: Callable[[str], None]) -> None:
+        """Call a function with the run's id on every worker there is."""
+        with suppress(OSError, RuntimeError):
+            if self.client.status == "running":
+                self.client.run(message, self.run_id, on_error="ignore")
+
+    # -- the loop --------------------------------------------------------------------------
+
+    def _one_by_one(self, todo: Sequence[int], limit: int) -> None:
+        """With a limit, shards are worked in order until it is reached."""
+        left = limit - self.report.read
+        for number, position in enumerate(todo):
+            if left <= 0:
+                break
+            if self._stopping() or self.report.ended:
+                self._leave(len(todo) - number)
+                break
+            rows = self.plan.surveys[position].rows
+            before = self.report.read
+            self._work_off([(position,)], None if rows is not None and rows <= left else left)
+            left -= self.report.read - before
+
+    def _work_off(self, groups: Sequence[tuple[int, ...]], limit: int | None = None) -> None:
+        """Hand out groups of shards until all are done, set aside, or the run cannot go on."""
+        self._waiting.extend(groups)
+        try:
+            while self._waiting or self._flights or self._suspects:
+                self._look(LOOK_EVERY_S)
+                if self.report.ended or (self._stopping() and not (self._flights and self.workers.fit)):
+                    break
+                if not self._stopping():
+                    self._hand_out(limit)
+                with suppress(queue.Empty):
+                    self._take(self._finished.get(timeout=LOOK_EVERY_S))
+        except SchedulerGone as error:
+            self.report.ended = (
+                f"lost the Dask scheduler at {scheduler_address(self.client)} ({error}). What was finished is kept: "
+                "start the cluster again and run the same again to go on from there"
+            )
+        finally:
+            left = [*self._waiting, *(flight.positions for flight in self._flights.values())]
+            self._leave(sum(map(len, left)) + len(self._suspects))
+            for flight in self._flights.values():
+                flight.future.cancel()
+            for emptied in (self._waiting, self._flights, self._suspects):
+                emptied.clear()
+
+    def _look(self, every: float = 0.0) -> None:
+        """Follow the cluster: who is there now, and which tasks can no longer run where they must."""
+        try:
+            if self.client.status != "running":
+                raise SchedulerGone("the connection broke")
+            if not self.workers.look(every):
+                return
+        except OSError as error:
+            raise SchedulerGone(str(error)) from None
+        there = self.workers.threads.keys()
+        for key, flight in list(self._flights.items()):
+            if flight.only_on is not None and not flight.only_on & there:
+                del self._flights[key]
+                flight.future.cancel()
+                if flight.alone:
+                    self._died_alone(flight.positions[0], 1)
+                else:
+                    self._again(flight)
+        since = self.workers.absent_since
+        if since is not None:
+            self._wait_for_workers(time.monotonic() - since)
+
+    def _wait_for_workers(self, waited: float) -> None:
+        if waited >= patience():
+            self.report.ended = (
+                f"the Dask cluster at {scheduler_address(self.client)} lost its last worker, and none came back within "
+                f"{patience():.0f} s. What was finished is kept: start workers and run the same again to go on from "
+                f"there, or wait longer with Dask's setting {WAIT_KEY}"
+            )
+            return
+        if waited == 0:
+            log.warning("no worker is left; waiting %.0f s for one to come", patience())
+        self.bar.set_postfix_str(f"no worker is left, waiting {waited:.0f} of {patience():.0f} s")
+
+    def _hand_out(self, limit: int | None) -> None:
+        """Keep as much under way as the workers that are there can use; what killed workers waits for the end."""
+        fit, restriction = self.workers.fit, self.workers.restriction
+        if not fit and self.workers.threads:
+            return  # those that are there cannot do this job
+        # Even without workers some tasks wait: they are what makes an adaptive cluster start one.
+        while self._waiting and len(self._flights) < max(2, TASKS_UNDER_WAY * sum(fit.values())):
+            self._submit(self._waiting.popleft(), limit, restriction)
+        several = any(len(flight.positions) > 1 for flight in self._flights.values())
+        if several and not self._waiting and len(fit) > 1 and len(self._flights) < sum(fit.values()):
+            self._work_short.set()
+        else:
+            self._work_short.clear()
+        if self._waiting or not all(flight.alone for flight in self._flights.values()):
+            return
+        busy = {host(address) for flight in self._flights.values() for address in flight.only_on or ()}
+        for free, address in self.workers.one_a_host().items():
+            if self._suspects and free not in busy:
+                self._submit((self._suspects.popleft(),), limit, frozenset([address]), alone=True)
+
+    def _submit(
+        self, positions: tuple[int, ...], limit: int | None, only_on: frozenset[str] | None, alone: bool = False
+    ) -> None:
+        shards = [self.plan.shards[p] for p in positions]
+        where = sorted(only_on) if only_on is not None else None
+        try:
+            future = self.client.submit(run_task, shards, self.plan.job, self.run_id, limit, pure=False, workers=where)
+        except RuntimeError as error:  # a closed client
+            self._waiting.append(positions)
+            raise SchedulerGone(str(error)) from None
+        self._flights[str(future.key)] = _Flight(future, positions, only_on, alone)
+        future.add_done_callback(self._finished.put)
+
+    def _leave(self, shards: int) -> None:
+        """Count shards that were not begun."""
+        self.report.shards["left"] += shards
+        self.report.stopped = self.report.shards["left"] > 0 and self._asked_to_stop()
+
+    def _stopping(self) -> bool:
+        raising = self.plan.job.on_error == "raise" and bool(self.report.faults)
+        return raising or self._asked_to_stop()
+
+    def _asked_to_stop(self) -> bool:
+        return self.stop.is_set() or any(lock.lost.is_set() for lock in self.locks)
+
+    # -- what comes back -------------------------------------------------------------------
+
+    def _take(self, future: Future[list[ShardReport]]) -> None:
+        """Count a finished task, or find out why it did not finish."""
+        flight = self._flights.get(str(future.key))
+        if flight is None:
+            return  # cancelled by us
+        if future.status == "cancelled":
+            raise SchedulerGone("it went away or was restarted")
+        del self._flights[str(future.key)]
+        try:
+            if future.status == "error":
+                error = future.exception()
+                if isinstance(error, KilledWorker):
+                    self._after_deaths(flight, error.allowed_failures + 1)
+                elif isinstance(error, WorkerUnfit):
+                    self._after_refusal(flight, error)
+                else:
+                    assert error is not None
+                    raise error.with_traceback(future.traceback())
+                return
+            reports = future.result(timeout=RESULT_WITHIN_S)
+        except TimeoutError:  # of the fetch: the worker died with the reports; finished shards are found done
+            self._again(flight)
+            return
+        finally:
+            future.release()
+        self._worked = True
+        for report in reports:
+            # Not done when the run began, done when it came to it: a worker of this run finished it and died.
+            report.skipped = False
+            self._add(report)
+        if reports:
+            self._kills_in_a_row = 0
+        rest = flight.positions[len(reports) :]
+        if self._stopping():
+            self._leave(len(rest))
+        elif rest:
+            idle = sum(self.workers.fit.values()) - len(self._flights)
+            self._waiting.extend(rest[part.start : part.stop] for part in split(len(rest), max(1, idle)))
+        self.bar.set_postfix(failed=self.report.failed, refresh=False)
+
+    def _add(self, shard: ShardReport) -> None:
+        """Count a shard. With ``on_error="raise"`` the failed rows of an earlier run count as this one's would."""
+        self.report.add(shard)
+        if self.plan.job.on_error == "raise" and shard.skipped and shard.failed:
+            self.report.faults[shard.shard] = (
+                f"failed_rows: {shard.shard}: {shard.failed} of {shard.read} rows failed in the run that finished "
+                "this shard; use on_error='keep' or 'drop' to go on without them"
+            )
+
+    def _again(self, flight: _Flight) -> None:
+        """Put a task's shards where they came from."""
+        if flight.alone:
+            self._suspects.appendleft(flight.positions[0])
+        else:
+            self._waiting.appendleft(flight.positions)
+
+    # -- workers that die or cannot do the job ---------------------------------------------
+
+    def _after_deaths(self, flight: _Flight, deaths: int) -> None:
+        """Dask gave a task up because its workers died; it counts every task that was on them, guilty or not."""
+        if flight.alone:
+            self._died_alone(flight.positions[0], deaths)
+            return
+        if not self._suspects:
+            log.warning("workers died; the shards that were on them are tried once more, each alone, at the end")
+        self._suspects.extend(flight.positions)
+        self._count_kill()
+
+    def _died_alone(self, position: int, deaths: int) -> None:
+        """A shard had its machine to itself and the worker died: a few times, and it is set aside."""
+        self._deaths[position] += deaths
+        if self._deaths[position] < TRIES_ALONE:
+            self._suspects.appendleft(position)
+            return
+        shard = self.plan.shards[position]
+        self.report.add(
+            ShardReport(
+                shard.name,
+                fault=f"shard: {shard.image_source() or shard.name}: {self._deaths[position]} workers that had nothing "
+                "but this shard to work on died. Look at the workers' logs (out of memory?); run again to retry it",
+            )
+        )
+        self._count_kill()
+
+    def _count_kill(self) -> None:
+        self._kills_in_a_row += 1
+        if self._kills_in_a_row >= KILLS_IN_A_ROW + TASKS_UNDER_WAY * sum(self.workers.threads.values()):
+            self.report.ended = (
+                f"workers die whatever they work on: {self._kills_in_a_row} tasks in a row killed every worker that "
+                "tried them. Look at the workers' logs; they may need more memory (memory_limit), smaller batches or "
+                "fewer decode threads. What was finished is kept; run again to go on from there"
+            )
+
+    def _after_refusal(self, flight: _Flight, error: WorkerUnfit) -> None:
+        """Leave a worker out that cannot do this job; what none can do is the job's own error."""
+        known = error.address in self.workers.unfit
+        self.workers.unfit[error.address] = str(error.cause)
+        self._look()
+        if error.had_begun:
+            self._refused.update(flight.positions)
+        broke_twice = any(self._refused[position] > 1 for position in flight.positions)
+        hopeless = not self.workers.fit or (not self._worked and len(self.workers.unfit) > 2)
+        if broke_twice or hopeless:
+            raise error.cause
+        if not known:
+            self.report.note(f"{error}; the others went on without it")
+            log.warning("%s; the others go on without it", error)
+        self._again(flight)

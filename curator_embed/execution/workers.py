@@ -1,0 +1,157 @@
+"""Who is there to work: a cluster's workers as they come, leave and differ while a run goes on.
+
+Questions are put to workers here; what they are given to do is the driver's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+import dask
+from dask.utils import parse_timedelta
+from distributed import Client
+from distributed.comm.addressing import get_address_host
+
+from curator_embed.errors import CuratorEmbedError
+
+log = logging.getLogger(__name__)
+
+WAIT_KEY = "curator-embed.wait-for-workers"
+"""Key of Dask's configuration: how long a run without workers waits for one ("30 minutes")."""
+WAIT_DEFAULT = "10 minutes"
+TELL_AFTER_S = 5.0
+"""A wait that is longer than this is told."""
+
+Answer = TypeVar("Answer")
+
+
+def patience() -> float:
+    """Seconds that a run without workers waits for one."""
+    return float(parse_timedelta(dask.config.get(WAIT_KEY, default=WAIT_DEFAULT)))
+
+
+def scheduler_address(client: Client) -> str:
+    """Where the cluster's scheduler listens, for messages."""
+    scheduler = getattr(client, "scheduler", None)
+    return str(getattr(scheduler, "address", "unknown address"))
+
+
+def wait_for_worker(client: Client) -> None:
+    """Return once there is a worker; a task is what makes an adaptive cluster start its first one.
+
+    Raises:
+        CuratorEmbedError: none came within ``patience()``.
+    """
+    if client.nthreads():
+        return
+    first, limit = client.submit(int, pure=False), patience()
+    try:
+        first.result(timeout=min(TELL_AFTER_S, limit))
+        return
+    except TimeoutError:
+        asked = len(getattr(client.cluster, "plan", ()))
+        log.warning(
+            "waiting for the first worker of the Dask cluster at %s%s, %.0f s at most",
+            scheduler_address(client),
+            f" ({asked} asked for)" if asked else "",
+            limit,
+        )
+        try:
+            first.result(timeout=max(0.0, limit - TELL_AFTER_S))
+        except TimeoutError:
+            raise CuratorEmbedError(
+                f"the Dask cluster at {scheduler_address(client)} has no worker, and none came within {limit:.0f} s. "
+                f"Start workers, then run again, or wait longer with Dask's setting {WAIT_KEY}"
+            ) from None
+    finally:
+        first.release()
+
+
+def ask_workers(client: Client, question: Callable[[], Answer]) -> dict[str, Answer]:
+    """Every worker's answer by its address; workers that die meanwhile give none, and at least one answers."""
+    while True:
+        wait_for_worker(client)
+        answers = client.run(question, on_error="return")
+        found = {address: answer for address, answer in answers.items() if not isinstance(answer, BaseException)}
+        if found:
+            return found
+        for error in answers.values():
+            if not isinstance(error, OSError):  # else the worker has gone
+                raise error
+
+
+def cores_per_worker(client: Client) -> int:
+    """CPU cores that each worker can call its own, the fewest of all: a machine's cores over its workers."""
+    found = ask_workers(client, _host_and_cores)
+    workers = Counter(host for host, _ in found.values())
+    return max(1, min(cores // workers[host] for host, cores in found.values()))
+
+
+def _host_and_cores() -> tuple[str, int]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return socket.gethostname(), cores
+
+
+class Workers:
+    """The workers of a run: looked at now and then, some of them not fit for its job.
+
+    Attributes:
+        threads: Dask threads of each worker that is there, by address.
+        unfit: address -> why that worker cannot do this run's job.
+        most: workers at a time, at most.
+        lost: how many have left.
+        absent_since: when the last one that is fit left, on the monotonic clock; None while there are some.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._looked = 0.0
+        self._seconds = 0.0
+        self.threads: dict[str, int] = {}
+        self.unfit: dict[str, str] = {}
+        self.most = self.lost = 0
+        self.absent_since: float | None = None
+
+    def look(self, every: float = 0.0) -> bool:
+        """See who is there, at most once in ``every`` seconds; False when it is not time yet."""
+        now = time.monotonic()
+        if now - self._looked < every:
+            return False
+        self._seconds = self.seconds
+        self._looked = now
+        found = self._client.nthreads()
+        self.lost += len(self.threads.keys() - found.keys())
+        self.threads = dict(found)
+        self.most = max(self.most, len(found))
+        self.absent_since = None if self.fit else (self.absent_since or now)
+        return True
+
+    @property
+    def seconds(self) -> float:
+        """Time that workers were there, summed over them."""
+        return self._seconds + len(self.threads) * (time.monotonic() - self._looked)
+
+    @property
+    def fit(self) -> dict[str, int]:
+        """Threads of those that can do the job."""
+        return {address: count for address, count in self.threads.items() if address not in self.unfit}
+
+    @property
+    def restriction(self) -> frozenset[str] | None:
+        """Who may be given tasks where not everybody may; None where everybody may."""
+        return frozenset(self.fit) if self.unfit.keys() & self.threads.keys() else None
+
+    def one_a_host(self) -> dict[str, str]:
+        """Of every machine, one worker that is fit: host -> address."""
+        return {host(address): address for address in sorted(self.fit, reverse=True)}
+
+
+def host(address: str) -> str:
+    """The machine that a worker's address is on."""
+    return str(get_address_host(address))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,3 +60,21 @@ class ColourEmbedder(BatchStep):
 
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         return ColourModel(self.batch_size)
+
+
+class WaitingEmbedder(ColourEmbedder):
+    """Loads its model when a file is there: a run that stays in the middle for as long as a test wants."""
+
+    def __init__(self, go: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.go = os.fspath(go)
+
+    def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> WaitingEmbedder:
+        new = WaitingEmbedder(self.go)
+        new.threads = threads
+        return new
+
+    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        while not os.path.exists(self.go):
+            time.sleep(0.05)
+        return super().load_model(device, threads)

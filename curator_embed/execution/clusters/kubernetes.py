@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Thread
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from curator_embed.errors import CuratorEmbedError, MissingExtra, UsageError
 from curator_embed.execution.clusters.config import ClusterConfig
@@ -30,6 +31,7 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")  # a label of 63, less
 _SECRET_NAME = re.compile(r"(^|_)(SECRET|TOKEN|PASSWORD|PASSWD|KEY)(_ID)?(_|$)", re.IGNORECASE)
 _PLACE_NAME = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none itself
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
+_MARK = "curator-embed/started-by"
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)
 }
@@ -158,32 +160,46 @@ class KubernetesConfig(ClusterConfig):
         except ImportError as error:
             raise MissingExtra("dask-kubernetes", "kubernetes", f"{self.path}: cluster: kubernetes") from error
         # Connecting to what happens to have the name would run this on another image without a word.
-        options = {"quiet": True, "create_mode": "CREATE_ONLY"} | dict(self.options)
+        options = {"create_mode": "CREATE_ONLY"} | dict(self.options)
         try:
-            options["create_mode"] = CreateMode(options["create_mode"])
+            mode = CreateMode(options.pop("create_mode"))
         except ValueError:
             choices = ", ".join(mode.value for mode in CreateMode)
-            raise self.wrong("options.create_mode", f"{options['create_mode']!r}: choose {choices}") from None
+            raise self.wrong("options.create_mode", f"choose one of {choices}") from None
+        # A KubeCluster that closes its cluster does so at exit as well, even when it never started because the name
+        # was another's. So it is told to only once the cluster is known to be this run's.
+        removes = options.pop("shutdown_on_close", None)
+        manifest = self.manifest()
+        mark = uuid.uuid4().hex
+        manifest["metadata"]["annotations"] = {_MARK: mark}
 
         def create() -> Any:
-            return KubeCluster(custom_cluster_spec=self.manifest(), namespace=self.namespace, **options)
+            return KubeCluster(
+                custom_cluster_spec=manifest,
+                namespace=self.namespace,
+                create_mode=mode,
+                shutdown_on_close=False,
+                **{"quiet": True} | options,
+            )
 
         # KubeCluster waits for the scheduler's pod without a limit: an image that cannot be pulled would never end.
         started: Future[Any] = Future()
         Thread(target=_settle, args=(started, create), name="start-kubernetes", daemon=True).start()
         try:
-            return started.result(timeout=self.wait_seconds)
-        except TimeoutError as error:
-            if started.done():
-                raise self._failed(error) from error
-            problems = self._pod_problems() or ["no pod has a problem that Kubernetes tells of"]
-            if options["create_mode"] is not CreateMode.CONNECT_ONLY:
-                self._remove()
-            raise CuratorEmbedError(
-                f"{self.path}: no Dask scheduler within {self.wait_seconds:g} s (wait_seconds): {'; '.join(problems)}"
-            ) from None
+            cluster = started.result(timeout=self.wait_seconds)
+            cluster.shutdown_on_close = self._created(mark) is not None if removes is None else removes
+            return cluster
         except Exception as error:
-            raise self._failed(error) from error
+            if isinstance(error, TimeoutError) and not started.done():
+                problems = self._pod_problems() or ["no pod has a problem that Kubernetes tells of"]
+                failed = CuratorEmbedError(
+                    f"{self.path}: no Dask scheduler within {self.wait_seconds:g} s (wait_seconds): "
+                    + "; ".join(problems)
+                )
+            else:
+                failed = self._failed(error)
+            self._remove(mark)
+            raise failed from error
 
     def where_to_look(self) -> str:
         pods = f"'kubectl {self._in_namespace}get pods -l dask.org/cluster-name={self.name}'"
@@ -197,7 +213,8 @@ class KubernetesConfig(ClusterConfig):
                 f"{self.path}: a DaskCluster named {self.name} is there already, another run's or one left over. "
                 f"Write another 'name', or remove it: kubectl {self._in_namespace}delete daskcluster {self.name}"
             )
-        if "Custom Resource Definitions" in str(error) or "Dask Operator running" in str(error):
+        unknown = getattr(getattr(error, "response", None), "status_code", None) == 404
+        if unknown or "Dask Operator running" in str(error):
             return CuratorEmbedError(
                 f"{self.path}: Dask's operator is not on this cluster ({said}). Install: {OPERATOR}"
             )
@@ -207,25 +224,34 @@ class KubernetesConfig(ClusterConfig):
         )
 
     def _pod_problems(self) -> list[str]:
-        import kr8s
+        from kr8s.objects import Pod
 
         try:
             label = f"dask.org/cluster-name={self.name}"
-            pods = list(kr8s.get("pods", namespace=self.namespace, label_selector=label))
+            pods = [pod.raw for pod in cast(Iterable[Pod], Pod.list(namespace=self.namespace, label_selector=label))]
         except Exception as error:
             return [f"the Kubernetes API does not answer ({error})"]
-        problems = ((pod.name, pod_problem(pod.raw)) for pod in pods)
+        problems = ((pod["metadata"]["name"], pod_problem(pod)) for pod in pods)
         return [f"pod {name}: {problem}" for name, problem in problems if problem]
 
-    def _remove(self) -> None:
-        """Nobody will close a cluster that was given up: remove what was created of it."""
-        import kr8s
+    def _created(self, mark: str) -> Any:
+        """The DaskCluster of this name if it was created with this mark, else None."""
+        from kr8s import NotFoundError
+        from kr8s.objects import new_class
 
         try:
-            for cluster in kr8s.get("daskclusters.kubernetes.dask.org", self.name, namespace=self.namespace):
+            found = new_class("DaskCluster", API_VERSION).get(self.name, namespace=self.namespace)
+        except NotFoundError:
+            return None
+        return found if found.annotations.get(_MARK) == mark else None
+
+    def _remove(self, mark: str) -> None:
+        """Nobody will close a cluster that did not start: remove what was created of it."""
+        try:
+            if (cluster := self._created(mark)) is not None:
                 cluster.delete()
         except Exception as error:
-            logger.warning("%s: DaskCluster %s could not be removed: %s", self.path, self.name, error)
+            logger.info("%s: DaskCluster %s was not looked for or removed: %s", self.path, self.name, error)
 
     @property
     def _in_namespace(self) -> str:

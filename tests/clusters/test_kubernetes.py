@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -304,6 +305,22 @@ def test_an_image_that_cannot_be_pulled_ends_the_wait_and_says_so(
     with pytest.raises(CuratorEmbedError, match=r"within 3 s .*embed-scheduler: ImagePullBackOff: manifest"):
         read_cluster(config(tmp_path, wait_seconds=3)).start()
     assert not kubernetes.clusters
+
+
+def test_who_does_not_want_to_wait_leaves_nothing_behind(api: Callable[[Kubernetes], None], tmp_path: Path) -> None:
+    kubernetes = Kubernetes(stuck={"waiting": {"reason": "ImagePullBackOff"}})
+    api(kubernetes)
+
+    def interrupt() -> None:
+        while not kubernetes.created:
+            time.sleep(0.05)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    main = threading.get_ident()
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        read_cluster(config(tmp_path)).start()
+    assert kubernetes.created and not kubernetes.clusters
 
 
 def test_a_cluster_without_dasks_operator_says_how_to_install_it(

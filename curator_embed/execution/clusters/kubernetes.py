@@ -108,7 +108,7 @@ class KubernetesConfig(ClusterConfig):
         if not self.image:
             raise self.wrong("image", "name the container image that the pods run")
         if not _NAME.fullmatch(self.name):
-            raise self.wrong("name", f"{self.name!r} is none: at most 53 of a-z, 0-9 and '-', no '-' at its ends")
+            raise self.wrong("name", f"{self.name!r} cannot be one: at most 53 of a-z, 0-9 and '-', no '-' at its ends")
         if self.service_type not in ("ClusterIP", "LoadBalancer", "NodePort"):
             raise self.wrong("service_type", f"{self.service_type!r}: choose ClusterIP, LoadBalancer or NodePort")
         for key, quantity in (("memory", self.memory), ("scheduler_memory", self.scheduler_memory)):
@@ -200,6 +200,9 @@ class KubernetesConfig(ClusterConfig):
                 failed = self._failed(error)
             self._remove(mark)
             raise failed from error
+        except KeyboardInterrupt:
+            self._remove(mark)
+            raise
 
     def where_to_look(self) -> str:
         pods = f"'kubectl {self._in_namespace}get pods -l dask.org/cluster-name={self.name}'"

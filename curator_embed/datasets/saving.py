@@ -13,6 +13,7 @@ from distributed import Client
 from curator_embed.datasets.frames import assigned_columns, write_assigned
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
+from curator_embed.execution.engines import decode_options
 from curator_embed.execution.output import Location
 from curator_embed.execution.run import RunPlan, execute, make_plan
 from curator_embed.execution.shard_run import ShardJob
@@ -101,6 +102,7 @@ def _check_arguments(
                 raise UsageError(f"{why}, and a dataset's own files never lose anything; give an output path as well")
     if not dataset.shards:
         raise UsageError("the dataset has no shards")
+    decode_options(dataset.steps)  # steps that contradict each other are told here, not by a worker
 
 
 def place_on_workers(client: Client, job: ShardJob) -> ShardJob:

@@ -124,6 +124,9 @@ def test_another_size_is_another_hash(source: Path) -> None:
 def test_steps_of_one_run_agree_on_the_decode(source: Path) -> None:
     with pytest.raises(UsageError, match="share one decode"):
         save(source, ImageHasher(), ImageProperties(honour_exif=True))
+    pending = ImageHasher()(ImageProperties(honour_exif=True)(ImageTextPairDataset.from_webdataset(str(source))))
+    with pytest.raises(UsageError, match="share one decode"):
+        pending.plan()  # before any worker is asked
 
 
 def test_a_kind_twice_is_refused(source: Path) -> None:

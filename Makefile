@@ -14,6 +14,7 @@ OLD_VENV := .venv-pyarrow14
 OLD_INSTALLED := $(OLD_VENV)/.installed
 DEMO ?= demo-output
 PYTEST_ARGS ?=
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 LOCKED_EXTRAS := s3 http clip faiss service clusters kubernetes databricks notebook demo docs test
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS)
 LOCK_ARGS ?=
@@ -24,7 +25,7 @@ find-python = $(shell for p in "$(PYTHON)" python3.11 python3.12 python3.13 pyth
 	[ -n "$$p" ] && "$$p" -c 'import sys, venv, ensurepip; sys.exit(not ($(1)))' >/dev/null 2>&1 \
 	&& command -v "$$p" && break; done)
 
-.PHONY: help install demo test test-slow lint docs bench lock clean
+.PHONY: help install demo test test-slow test-slurm lint docs bench lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,10 +36,15 @@ demo: $(INSTALLED) ## Embed real photographs and draw each beside its nearest ne
 	$(BIN)/curator-embed demo --output $(DEMO)
 
 test: lint $(OLD_INSTALLED) ## Lint, type-check and run the tests (not the slow ones)
-	PYARROW14_PYTHON="$(OLD_PYTHON)" $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	PYARROW14_PYTHON="$(OLD_PYTHON)" $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) $(OLD_INSTALLED) ## Run the tests that take minutes
-	PYARROW14_PYTHON="$(OLD_PYTHON)" $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+	PYARROW14_PYTHON="$(OLD_PYTHON)" $(BIN)/python -m pytest -m "slow and not gpu and not slurm" $(PYTEST_ARGS)
+
+test-slurm: $(INSTALLED) ## Install Slurm with apt and run the tests that start one (as root, or with sudo)
+	@PATH="$$PATH:/usr/sbin"; if ! command -v slurmctld >/dev/null || ! command -v munged >/dev/null; then \
+		$(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends slurm-wlm munge; fi
+	$(SUDO) env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -p no:cacheprovider -m slurm tests/clusters $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## Run ruff and mypy
 	$(BIN)/ruff check .

@@ -1,0 +1,122 @@
+"""A real Slurm on this machine: jobs that embed, a job that is cancelled in the middle, and what stays in the queue."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from curator_embed import get_client
+from curator_embed.errors import CuratorEmbedError
+from tests.clusters.conftest import embed_and_kill
+from tests.clusters.gate import wait_until
+from tests.clusters.slurm import Slurm, why_not
+from tests.conftest import REPO
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A node of two cores, so that two jobs of one core run at a time."""
+    with Slurm(tmp_path_factory.mktemp("slurm"), cpus=2) as started, pytest.MonkeyPatch.context() as patch:
+        for name, value in started.environment.items():
+            patch.setenv(name, value)
+        yield started
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    """Two jobs of one worker each."""
+    return {
+        "cluster": "slurm",
+        "nodes": 2,
+        "wait_for_workers": 2,
+        "wait_seconds": 60,
+        "partition": "main",
+        "cores_per_node": 1,
+        "memory_per_node": "1GiB",
+        "walltime": "00:05:00",
+        "interface": "lo",
+        "log_directory": str(tmp_path / "logs"),
+        "job_script_prologue": [f"export PYTHONPATH={REPO}", 'echo "on $SLURM_JOB_NODELIST"'],
+    }
+
+
+def test_a_job_is_cancelled_in_the_middle_and_nothing_is_missing(
+    slurm: Slurm, config: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    with get_client(config=config) as client:
+        jobs = slurm.jobs()
+        assert sorted(jobs.values()) == ["RUNNING", "RUNNING"]
+
+        def cancel(began: dict[int, str]) -> None:
+            slurm.run("scancel", str(min(jobs)))
+            wait_until(lambda: len(client.nthreads()) == 1, "the job's worker to be gone")
+
+        embed_and_kill(source, tmp_path, cancel)
+        assert list(slurm.jobs()) == [max(jobs)]
+    wait_until(lambda: not slurm.jobs(), "the other job to be cancelled with the client")
+    logs = [path.read_text() for path in (tmp_path / "logs").glob("curator-embed-*.out")]
+    assert [log.startswith("on ") for log in logs] == [True, True]
+
+
+def test_jobs_do_not_stay_in_the_queue_when_a_script_ends(slurm: Slurm, config: dict[str, Any], tmp_path: Path) -> None:
+    script = (
+        "import json, subprocess, sys; from curator_embed import get_client\n"
+        "get_client(config=json.loads(sys.argv[1]))\n"
+        "print(subprocess.run(['squeue', '--noheader', '--format=%T'], stdout=-1, text=True).stdout)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(config)],
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["RUNNING", "RUNNING"]
+    assert "dashboard: http://127.0.0.1:" in done.stderr
+    wait_until(lambda: not slurm.jobs(), "the queue to be empty", 20)
+
+
+def test_a_job_that_slurm_refuses_shows_at_once(slurm: Slurm, config: dict[str, Any]) -> None:
+    began = time.monotonic()
+    with pytest.raises(CuratorEmbedError, match=r"(?s)<config>: a job was not accepted.*invalid partition"):
+        get_client(config={**config, "partition": "nowhere"})
+    assert time.monotonic() - began < 30
+    assert not slurm.jobs()
+
+
+def test_workers_that_do_not_come_name_the_queue_and_leave_it(
+    slurm: Slurm, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(
+        CuratorEmbedError, match=r"[012] of 3 workers \(wait_for_workers\).*4 seconds.*squeue --me.*logs"
+    ):
+        get_client(config={**config, "nodes": 3, "wait_for_workers": 3, "wait_seconds": 4})
+    assert "waiting for 3 workers; if none comes, look at 'squeue --me'" in capsys.readouterr().err
+    wait_until(lambda: not slurm.jobs(), "the queue to be empty", 20)
+
+
+def test_a_job_with_gpus_is_given_them(slurm: Slurm, config: dict[str, Any], tmp_path: Path) -> None:
+    """Slurm hands out two devices that are none; in the place of Python a script writes down what it was given."""
+    python, found = tmp_path / "python", tmp_path / "found"
+    python.write_text(f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $*" > {found}.part && mv {found}.part {found}\n')
+    python.chmod(0o755)
+    asked = {**config, "nodes": 1, "gpus_per_node": 2, "python": str(python), "wait_for_workers": 0}
+    with get_client(config=asked):
+        wait_until(found.exists, "the job to run", 30)
+    devices, *command = found.read_text().split()
+    assert devices == "0,1"
+    assert command[:2] == ["-m", "dask_cuda.cli"]
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert command[2].startswith("tcp://127.0.0.1:")
+    assert (options["--nthreads"], options["--memory-limit"]) == ("2", "512.00MiB"), "two workers share the job"

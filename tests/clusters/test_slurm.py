@@ -15,8 +15,8 @@ import pytest
 
 from curator_embed import get_client
 from curator_embed.errors import CuratorEmbedError
-from tests.clusters.conftest import embed_and_kill
 from tests.clusters.gate import wait_until
+from tests.clusters.losing import embed_and_kill
 from tests.clusters.slurm import Slurm, why_not
 from tests.conftest import REPO
 

@@ -39,9 +39,13 @@ class MissingExtra(CuratorEmbedError, ImportError):
     """An optional package is not installed; the message names the extra to install."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package '{package}', which is not installed. "
-            f"Install it with: pip install 'curator-embed[{extra}]'"
+        self.package, self.extra, self.purpose = package, extra, purpose
+        super().__init__(package, extra, purpose)  # as given: a worker's error is pickled on its way back
+
+    def __str__(self) -> str:
+        return (
+            f"{self.purpose} needs the package '{self.package}', which is not installed. "
+            f"Install it with: pip install 'curator-embed[{self.extra}]'"
         )
 
 

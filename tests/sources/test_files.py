@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -349,5 +350,6 @@ def test_missing_packages_and_unknown_protocols(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UsageError, match="rubbish"):
         find_shards("rubbish://x/0.tar")
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
-    with pytest.raises(MissingExtra, match=r"curator-embed\[gcs\]"):
+    with pytest.raises(MissingExtra, match=r"curator-embed\[gcs\]") as missing:
         open_source("gs://bucket/0.tar")
+    assert str(pickle.loads(pickle.dumps(missing.value))) == str(missing.value)  # as it comes from a worker

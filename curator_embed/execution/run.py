@@ -33,12 +33,16 @@ from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import TO_PAIR_BY, ShardJob, Survey, look, survey
 from curator_embed.execution.workers import cores_per_worker
-from curator_embed.sources.files import fingerprint, is_remote
+from curator_embed.sources.files import fingerprint, is_folder, is_remote, list_files, redact
+from curator_embed.sources.path_list import cut_otherwise
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Step
 
 SURVEY_THREADS = {"local": 2, "remote": 16}
 """Threads that read footers: from a local disk more than two only wait for each other."""
+
+
+_TWICE = "holds rows of this run under another name: the list has changed, or the number of images a file"
 
 
 class RunStopped(CuratorEmbedError):
@@ -63,6 +67,7 @@ class RunPlan:
         rows: rows that are left to be worked on, where known; ``rows_known`` says whether all are.
         bytes_to_write: estimate of what the output takes, None when rows are not known.
         bytes_free: on the output's disk; None where that has no meaning (object stores).
+        overlapping: files in the output that hold rows of these shards under other names.
     """
 
     job: ShardJob
@@ -73,6 +78,7 @@ class RunPlan:
     bytes_to_write: int | None = None
     bytes_free: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    overlapping: list[str] = field(default_factory=list)
 
     @property
     def todo(self) -> list[int]:
@@ -80,8 +86,8 @@ class RunPlan:
         return [position for position, found in enumerate(self.surveys) if not found.done]
 
     def conflicts(self) -> list[tuple[str, str]]:
-        """(file, why) for every shard that must not be written as asked."""
-        return [
+        """(file, why) for rows that would be there twice, and for every shard that must not be written as asked."""
+        return [(path, _TWICE) for path in self.overlapping] + [
             (self.job.target(shard), found.conflict)
             for shard, found in zip(self.shards, self.surveys, strict=True)
             if found.conflict
@@ -122,7 +128,20 @@ def make_plan(
     plan.bytes_to_write = _bytes_to_write(plan, tasks) if plan.rows_known else None
     plan.bytes_free = _bytes_free(job, plan.shards)
     plan.settings = {name: _settings(step) for step in steps for name in step.columns()}
+    plan.overlapping = _overlapping(job, plan.shards)
     return plan
+
+
+def _overlapping(job: ShardJob, shards: Sequence[Shard]) -> list[str]:
+    """Files in the output folder that hold the same rows cut in another way; readers of the folder would see both."""
+    if not shards or not shards[0].by_position:
+        return []
+    folder = job.target(shards[0]).rpartition("/")[0]
+    if not is_folder(folder, job.storage_options):
+        return []
+    found = list_files(folder, ".parquet", job.storage_options)
+    stems = [path.rpartition("/")[2].removesuffix(".parquet") for path in found]
+    return [f"{redact(folder)}/{stem}.parquet" for stem in cut_otherwise(stems, [shard.name for shard in shards])]
 
 
 def _first(*values: int | None) -> int | None:
@@ -206,7 +225,10 @@ def check_plan(plan: RunPlan) -> None:
     conflicts = plan.conflicts()
     if conflicts:
         path, why = conflicts[0]
-        more = f" ({len(conflicts) - 1} more files like it)" if len(conflicts) > 1 else ""
+        alike = len(plan.overlapping or conflicts) - 1
+        more = f" ({alike} more files like it)" if alike else ""
+        if plan.overlapping:
+            raise UsageError(f"{path}: {why}{more}. Nothing was changed. Remove it, or write into another folder")
         if TO_PAIR_BY in why:
             raise UsageError(f"{why}{more}. Nothing was changed")
         raise UsageError(

@@ -40,7 +40,7 @@ from curator_embed.execution.pairing import (
 )
 from curator_embed.execution.pipeline import OpenShard, Pipeline
 from curator_embed.execution.provenance import ERROR_COLUMN, Footer, Status, counted, same_samples, status
-from curator_embed.sources.files import fingerprint
+from curator_embed.sources.files import fingerprint, redact
 from curator_embed.sources.shard import Note, Sample, Shard
 from curator_embed.steps import BatchStep, Step
 
@@ -258,7 +258,8 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
     source, rows = (seen.table, seen.table_rows) if seen.table is not None else _table_of(table, job)
     _check_selected(source, job, table)
     found = _status(source, job, seen)
-    conflict = found.conflict or _unusable(source, job, table)
+    in_table = f"{found.conflict}, in the table {redact(table)}" if found.conflict else ""
+    conflict = in_table or _unusable(source, job, table)
     # Columns that are already right in the input are copied, not computed again.
     return Survey(found.todo, False, conflict, Footer() if source is None else Footer.of(source), rows)
 

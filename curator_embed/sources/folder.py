@@ -63,6 +63,8 @@ class ImageFolder:
 class FolderShard(Shard):
     """Some images of a folder; ``Sample.key`` is the path below it. Picklable and small."""
 
+    by_position = True
+
     def __init__(self, folder: ImageFolder, start: int, entries: Collection[Entry], digest: str) -> None:
         self.folder, self.start, self.count, self.digest = folder, start, len(entries), digest
         self.table: str | None = None

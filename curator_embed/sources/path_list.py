@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
@@ -32,6 +33,7 @@ GIVE_UP_AFTER = 32
 """Images that are tried before a store that answers none of them counts as out of reach."""
 
 _BOM = b"\xef\xbb\xbf"
+_RANGE = re.compile(rf"(.*)_(\d{{{LINE_DIGITS},}})-(\d{{{LINE_DIGITS},}})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,8 @@ class PathListShard(Shard):
     A line that is not UTF-8 keeps its bytes to find the file; as a key, those that are none read ``\\xff``.
     An empty line is a row without an image.
     """
+
+    by_position = True
 
     def __init__(self, listed: PathList, lines: LineRange, table: str | None = None) -> None:
         self.listed, self.lines, self.table = listed, lines, table
@@ -294,6 +298,18 @@ class PathListShard(Shard):
 def range_name(dataset: str, start: int, end: int) -> str:
     """``{dataset}_{start}-{end}``, with zeros so that names sort as lines do."""
     return f"{dataset}_{start:0{LINE_DIGITS}d}-{end:0{LINE_DIGITS}d}"
+
+
+def cut_otherwise(found: Iterable[str], own: Sequence[str]) -> list[str]:
+    """Of names by range, those that hold rows of ``own`` cut in another way, sorted.
+
+    Args:
+        own: names of neighbouring ranges of one list, in order.
+    """
+    first, last = _RANGE.fullmatch(own[0]), _RANGE.fullmatch(own[-1])
+    assert first is not None and last is not None
+    others = (match for name in set(found).difference(own) if (match := _RANGE.fullmatch(name)) is not None)
+    return sorted(m[0] for m in others if m[1] == first[1] and int(m[2]) < int(last[3]) and int(first[2]) < int(m[3]))
 
 
 def as_text(line: bytes) -> str:

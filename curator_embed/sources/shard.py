@@ -70,6 +70,10 @@ class Shard(ABC):
     """``{name}_{start}-{end}``: the share of a larger dataset that was opened, where runs may write several
     shares into one folder side by side; the same for all its shards. Empty: a run has its folder to itself."""
 
+    by_position: bool = False
+    """Named ``{name}_{start}-{end}`` by position in a list: one that has grown, or is cut into other pieces, gives the
+    same rows other names."""
+
     image_columns: tuple[str, ...] = ()
     """Columns of the shard's own table that hold the images: no new output gets them unless asked to."""
 

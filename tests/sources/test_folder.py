@@ -126,3 +126,16 @@ def test_a_folder_is_embedded_resumed_and_exported(client: Client, tmp_path: Pat
     assert exported.exported == 7
     images = {s.image for shard in exported.dataset.shards for s in shard.samples(id_col="key")}
     assert images == set(contents.values())
+
+
+def test_images_that_changed_are_told_by_the_table_that_has_their_columns(
+    client: Client, tmp_path: Path, wheel_photos: list[Path]
+) -> None:
+    folder = fill(tmp_path / "photos", {f"{n}.jpg": image for n, image in enumerate(crops(wheel_photos[1], 3))})
+    ColourEmbedder()(ImageTextPairDataset.from_folder(folder)).save_metadata(progress=False)
+    os.utime(folder / "0.jpg", ns=(1, 1))
+    pending = ColourEmbedder()(ImageTextPairDataset.from_folder(folder))
+    with pytest.raises(UsageError, match=r"have changed since, in the table .*/photos_metadata/photos_0.*\.parquet"):
+        pending.save_metadata(str(tmp_path / "new"), progress=False)
+    report = pending.save_metadata(str(tmp_path / "new"), overwrite=True, progress=False)
+    assert (report.embedded, report.shards["done"]) == (3, 1)

@@ -7,16 +7,20 @@ import multiprocessing
 import os
 import tarfile
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
+from hypothesis import given
+from hypothesis import strategies as st
 
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.errors import SourceError
+from curator_embed.errors import SourceError, UsageError
 from curator_embed.execution.lock import OutputLock, OutputLocked, parts_overlap
 from curator_embed.execution.output import Location
+from curator_embed.sources.path_list import cut_otherwise, range_name
 from tests.shards import crops
 from tests.stub import ColourEmbedder
 
@@ -93,6 +97,32 @@ def test_a_list_does_not_take_the_tables_of_the_folder_it_names(client: Client, 
     assert (report.embedded, report.shards["done"]) == (20, 1)
     (table,) = (pq.read_table(path) for path in (listing.parent / "images.txt_metadata").glob("*.parquet"))
     assert table["path"].to_pylist() == named.read_text().splitlines()
+
+
+def test_rows_are_never_written_twice_under_other_names(client: Client, listing: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ColourEmbedder()(opened(listing)).save_metadata(str(out), progress=False)
+    before = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    listing.write_text(listing.read_text() + "laion/0/0.jpg\n")
+    grown = ColourEmbedder()(opened(listing))
+    assert [Path(path).name for path, _ in grown.plan(str(out)).conflicts()] == ["laion_000000016-000000023.parquet"]
+    with pytest.raises(UsageError, match=r"000000016-000000023\.parquet: holds rows of this run under"):
+        grown.save_metadata(str(out), progress=False, overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before
+    ColourEmbedder()(opened(listing, start_line=23)).save_metadata(str(out), progress=False)
+    assert (out / "laion_000000023-000000024.parquet").is_file()
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, unique=True), st.lists(st.integers(0, 30), min_size=2, unique=True))
+def test_ranges_that_share_lines_are_found(one: list[int], other: list[int]) -> None:
+    def cut(at: list[int]) -> list[tuple[int, int]]:
+        return list(pairwise(sorted(at)))
+
+    own, there = cut(one), cut(other)
+    lines = set(range(own[0][0], own[-1][1]))
+    expected = [r for r in there if r not in own and lines & set(range(*r))]
+    names = [*(range_name("a_1-2", *r) for r in there), range_name("b", *own[0]), "a_1-2", "a_1-2_5-9"]
+    assert cut_otherwise(names, [range_name("a_1-2", *r) for r in own]) == [range_name("a_1-2", *r) for r in expected]
 
 
 def _part(listing: Path, out: str, start: int, end: int | None) -> None:

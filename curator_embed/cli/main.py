@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+import warnings
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from curator_embed import __version__
-from curator_embed.cli.source_options import SourceOptions, takes_source
+from curator_embed.cli.cluster_options import ClusterOptions
+from curator_embed.cli.option_groups import takes_groups
+from curator_embed.cli.source_options import SourceOptions
 from curator_embed.errors import CuratorEmbedError, UsageError
 
 if TYPE_CHECKING:
@@ -99,27 +103,39 @@ Properties = Annotated[
 
 
 @app.command()
-@takes_source
+@takes_groups
 def embed(
     src: Source,
-    model: ModelName,
+    model: Annotated[
+        list[str],
+        typer.Option(
+            "--model",
+            metavar="NAME[=COLUMN]",
+            help="A timm name (see 'curator-embed models') or an OpenAI CLIP name such as ViT-B/32. Give it several "
+            "times for several models in one pass, each with a column of its own.",
+        ),
+    ],
     source: SourceOptions,
+    where: ClusterOptions,
     output: Annotated[
         str | None,
         typer.Option(help="Folder for the new parquet files. Without it the columns go into the dataset's own."),
     ] = None,
-    weights: Weights = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[COLUMN=]PATH",
+            help="Weights to load, safetensors or a state dict, instead of downloading any. With several models: "
+            "COLUMN=PATH, for each that has some.",
+        ),
+    ] = None,
     pretrained: Pretrained = False,
-    column: Annotated[str, typer.Option(help="Name of the new column.")] = "image_embedding",
+    column: Annotated[
+        str, typer.Option(help="Name of the new column, of a model without =COLUMN.")
+    ] = "image_embedding",
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images a batch on a GPU; a CPU works in batches of 16 at most.")
     ] = 256,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", "--num-workers", min=1, help="Worker processes; by default one worker within this process."
-        ),
-    ] = None,
     threads: Annotated[
         int, typer.Option("--threads", "--num-threads", min=1, help="Threads a worker uses to decode.")
     ] = 4,
@@ -138,10 +154,6 @@ def embed(
     certify: Annotated[
         bool, typer.Option("--certify", help="Compare the preprocessing with the model's own on your images.")
     ] = False,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Address of a running Dask scheduler, for instance tcp://10.0.0.1:8786.")
-    ] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Start one worker a GPU (needs dask-cuda).")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Work on the first so many rows only.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, how much it would write and how long it takes.")
@@ -159,30 +171,31 @@ def embed(
     goes on where it stopped when the same command is given again.
     """
     from curator_embed.embedders import TimmImageEmbedder
-    from curator_embed.execution.clients import get_client
 
     measured = _column_steps(hash or [], hash_size, properties)
-    if pretrained and weights is not None:
+    wanted = _models(model, column)
+    files = _weights(weights or [], [name for _, name in wanted])
+    where.check()
+    if pretrained and files:
         raise UsageError("--pretrained downloads weights and --weights names a file; give one of them")
-    if not pretrained and weights is None:
-        typer.echo("note: neither --pretrained nor --weights: the model has random weights", err=True)
-    embedder = TimmImageEmbedder(
-        model,
-        pretrained=pretrained,
-        weights=weights,
-        batch_size=batch_size,
-        num_threads_per_worker=threads,
-        image_embedding_column=column,
-        dtype=dtype.value,
-        image_size=image_size,
-        compile="auto" if compile is Compile.auto else compile is Compile.on,
-        device=device,
-    )
-    dataset = source.open(src, output=output, batch_size=batch_size)
-    with source.logging(src) as log, _client(get_client, scheduler=scheduler, workers=workers, gpu=gpu):
-        pending = embedder(dataset)
-        for step in measured:
-            pending = step(pending)
+    pending = source.open(src, output=output, batch_size=batch_size)  # first: a wrong path shows before models load
+    for name, into in wanted:
+        embedder = TimmImageEmbedder(
+            name,
+            pretrained=pretrained,
+            weights=files.get(into),
+            batch_size=batch_size,
+            num_threads_per_worker=threads,
+            image_embedding_column=into,
+            dtype=dtype.value,
+            image_size=image_size,
+            compile="auto" if compile is Compile.auto else compile is Compile.on,
+            device=device,
+        )
+        pending = embedder(pending)
+    for step in measured:
+        pending = step(pending)
+    with source.logging(src) as log, where.client():
         if dry_run:
             from curator_embed.cli.dry_run import describe
 
@@ -202,10 +215,11 @@ def embed(
 
 
 @app.command()
-@takes_source
+@takes_groups
 def columns(
     src: Source,
     source: SourceOptions,
+    where: ClusterOptions,
     output: Annotated[
         str | None,
         typer.Option(help="Folder for the new parquet files. Without it the columns go into the dataset's own."),
@@ -213,15 +227,9 @@ def columns(
     hash: Hashes = None,
     hash_size: HashSize = 8,
     properties: Properties = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Worker processes; by default one worker within this process.")
-    ] = None,
     on_error: Annotated[
         OnError, typer.Option(help="Rows whose image fails: keep them with a reason, drop them, or end the run.")
     ] = OnError.keep,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Address of a running Dask scheduler, for instance tcp://10.0.0.1:8786.")
-    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Work on the first so many rows only.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace columns and files that were made another way.")
@@ -234,15 +242,13 @@ def columns(
     All columns come from one decode of each image, and columns that are already there are not computed again:
     'columns SRC --hash phash --properties' works on a dataset with embeddings as well as on one without.
     """
-    from curator_embed.execution.clients import get_client
-
     steps = _column_steps(hash or [], hash_size, properties)
     if not steps:
         raise UsageError("nothing to compute: give --hash KIND (several times for several) or --properties")
     pending: ImageTextPairDataset = source.open(src, output=output)
     for step in steps:
         pending = step(pending)
-    with source.logging(src) as log, _client(get_client, scheduler=scheduler, workers=workers, gpu=False):
+    with source.logging(src) as log, where.client():
         report = pending.save_metadata(
             output,
             on_error=on_error.value,
@@ -292,7 +298,7 @@ def models(
 
 
 @app.command()
-@takes_source
+@takes_groups
 def certify(
     src: Source,
     model: ModelName,
@@ -309,8 +315,8 @@ def certify(
     """
     from curator_embed.embedders import TimmImageEmbedder
 
-    embedder = TimmImageEmbedder(model, pretrained=pretrained, weights=weights, image_size=image_size)
     dataset = source.open(src)
+    embedder = TimmImageEmbedder(model, pretrained=pretrained, weights=weights, image_size=image_size)
     report = embedder.certify(dataset.first_images(images))
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
     if not report.holds:
@@ -336,12 +342,13 @@ def index_tars(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write indexes anew that are there and fresh.")
     ] = False,
+    storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
     """Write DALI's .idx file beside every tar: which sample lies where. Reading is faster with them."""
     from curator_embed.sources.webdataset import index_tars as write_indexes
 
-    done = write_indexes(src, overwrite=overwrite)
+    done = write_indexes(src, overwrite=overwrite, storage_options=_options(storage_options))
     if as_json:
         typer.echo(json.dumps(done, indent=2))
     else:
@@ -379,6 +386,35 @@ def _column_steps(hashes: list[str], hash_size: int, properties: bool) -> list[S
     return [*steps, ImageProperties()] if properties else steps
 
 
+def _models(given: list[str], column: str) -> list[tuple[str, str]]:
+    """``NAME[=COLUMN]`` of every model -> (name, column)."""
+    pairs = [(name, into if equals else column) for name, equals, into in (text.partition("=") for text in given)]
+    for number, (name, into) in enumerate(pairs):
+        if not name or not into:
+            raise UsageError(f"--model {given[number]}: write NAME or NAME=COLUMN")
+        if into in (earlier for _, earlier in pairs[:number]):
+            raise UsageError(
+                f"--model {given[number]}: another model writes the column '{into}' already; "
+                f"give each a column of its own: --model {name}=COLUMN"
+            )
+    return pairs
+
+
+def _weights(given: list[str], columns: list[str]) -> dict[str, Path]:
+    """``[COLUMN=]PATH`` of every file -> path by column; with one model a path may hold an equals sign itself."""
+    files: dict[str, Path] = {}
+    for text in given:
+        column, equals, path = text.partition("=")
+        if not (equals and column in columns):
+            if len(columns) > 1:
+                raise UsageError(f"--weights {text}: with several models write COLUMN=PATH ({' or '.join(columns)})")
+            column, path = columns[0], text
+        if column in files:
+            raise UsageError(f"--weights {text}: the model of column '{column}' has weights already")
+        files[column] = Path(path)
+    return files
+
+
 def _options(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
@@ -391,31 +427,6 @@ def _options(text: str | None) -> dict[str, Any] | None:
     return value
 
 
-class _client:
-    """The Dask client that the options ask for, closed at the end; none where the default serves."""
-
-    def __init__(self, get_client: Any, *, scheduler: str | None, workers: int | None, gpu: bool) -> None:
-        self.client: Any = None
-        if scheduler is not None:
-            if workers is not None or gpu:
-                raise UsageError("--scheduler connects to a running cluster; --workers and --gpu start a new one")
-            self.client = get_client(scheduler_address=scheduler)
-        elif gpu:
-            self.client = get_client("gpu", n_workers=workers)
-        elif workers is not None and workers > 1:
-            self.client = get_client("cpu", n_workers=workers)
-
-    def __enter__(self) -> Any:
-        return self.client
-
-    def __exit__(self, *exc: object) -> None:
-        if self.client is not None:
-            cluster = self.client.cluster
-            self.client.close()
-            if cluster is not None:
-                cluster.close()
-
-
 INTERRUPTED = 130
 """What typer makes of a Ctrl-C that nobody caught."""
 
@@ -423,7 +434,9 @@ INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and turn errors into messages and exit statuses."""
     try:
-        app(arguments, standalone_mode=True)
+        with warnings.catch_warnings():
+            warnings.showwarning = _note(warnings.showwarning)
+            app(arguments, standalone_mode=True)
     except UsageError as error:
         _complain(error, 2)
     except CuratorEmbedError as error:
@@ -441,6 +454,18 @@ def main(arguments: list[str] | None = None) -> None:
         # Not foreseen: whoever mends it needs the trace, and a script must not take it for status 1.
         traceback.print_exc()
         _complain(error, 3)
+
+
+def _note(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Shows what the library warns users of as a line of its own, without the code that it comes from."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category is UserWarning:
+            typer.echo(f"note: {message}", err=True)
+        else:
+            otherwise(message, category, *where, **more)
+
+    return show
 
 
 def _complain(error: Exception, status: int) -> None:

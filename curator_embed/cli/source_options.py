@@ -1,20 +1,15 @@
-"""The options by which every command opens its source, and what they mean.
-
-A command decorated with ``takes_source`` has them all and gets them as one ``SourceOptions``.
-"""
+"""The options by which every command opens its source, and what they mean."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -265,26 +260,3 @@ def _holds_images(path: str, storage_options: dict[str, Any]) -> bool:
     except CuratorEmbedError:
         return False
     return not files.exists(f"{os.path.splitext(first)[0]}.tar", storage_options)
-
-
-def takes_source(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of ``SourceOptions`` in place of its parameter ``source``."""
-    own = inspect.signature(command, eval_str=True)
-    hints = get_type_hints(SourceOptions, include_extras=True)
-    added = [
-        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name])
-        for item in fields(SourceOptions)
-        if item.default is not MISSING
-    ]
-
-    @functools.wraps(command)
-    def with_options(**given: Any) -> None:
-        options = SourceOptions(**{parameter.name: given.pop(parameter.name) for parameter in added})
-        command(source=options, **given)
-
-    kept = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own.parameters.values() if p.name != "source"]
-    parameters = [*kept, *added]
-    with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-    with_options.__annotations__ = {p.name: p.annotation for p in parameters}
-    del with_options.__wrapped__
-    return with_options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,4 +118,6 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, pickle.UnpicklingError):
+        return "not a pickle of tensors"  # torch's own text tells how to switch the check off
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

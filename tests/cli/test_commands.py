@@ -28,6 +28,7 @@ from tests.shards import write_dataset
 
 Run = Callable[..., Ran]
 MODEL = "test_resnet.r160_in1k"
+OTHER = "test_resnet.r160_in1k"
 QUICK = ("--model", MODEL, "--compile", "off", "--quiet")
 
 
@@ -93,6 +94,31 @@ def test_every_option_reaches_the_run(run: Run, source: Path, tmp_path: Path) ->
     recipe = made_by(out / "00000.parquet", "vector")
     assert recipe["batch_shape"] == [5, 3, 96, 96]
     assert (recipe["dtype"], recipe["compile"], recipe["device"]) == ("float16", False, "cpu")
+
+
+def test_two_models_in_one_pass(run: Run, source: Path, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "a=b.safetensors"
+    save_file(timm.create_model(OTHER).state_dict(), weights)
+    models = ("--model", MODEL, "--model", f"{OTHER}=other", "--weights", f"other={weights}")
+    ran = run("embed", source, *models, "--compile", "off", "--output", tmp_path / "out", "--quiet")
+    assert ran.status == 0, ran.err
+    assert ran.err.count("random weights") == 1 and f"note: {MODEL} has random weights" in ran.err
+    path = tmp_path / "out" / "00000.parquet"
+    assert made_by(path, "image_embedding")["model"] == MODEL
+    assert made_by(path, "other")["model"] == OTHER
+    rows = table_rows(tmp_path / "out").values()
+    assert sum(row["image_embedding"] is not None and row["other"] is not None for row in rows) == 11
+
+
+def test_a_cluster_file(run: Run, source: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("cluster: local\nworkers_per_node: 1\n")
+    ran = run("columns", source, "--hash", "phash", "--cluster", file, "--quiet")
+    assert ran.status == 0, ran.err
+    assert all((row["phash"] is None) == (row["image_error"] is not None) for row in table_rows(source).values())
 
 
 def test_tables_in_another_folder(run: Run, source: Path, tmp_path: Path) -> None:
@@ -215,6 +241,12 @@ def test_status_1_rows_failed(run: Run, source: Path, tmp_path: Path) -> None:
         (("embed", "SRC", "--model", MODEL, "--storage-options", "[]"), "--storage-options"),
         (("embed", "SRC", "--model", MODEL, "--device", "abacus"), "abacus"),
         (("embed", "SRC", "--model", "test_vit.r160_in1k", "--image-size", "161"), "161"),
+        (("embed", "SRC", "--model", MODEL, "--model", "test_resnet"), "--model test_resnet=COLUMN"),
+        (("embed", "SRC", "--model", f"{MODEL}="), "NAME=COLUMN"),
+        (("embed", "SRC", "--model", MODEL, "--model", "test_resnet=b", "--weights", "w.pth"), "COLUMN=PATH"),
+        (("embed", "SRC", "--model", MODEL, "--cluster", "c.yaml", "--workers", "2"), "--cluster and --workers"),
+        (("embed", "SRC", "--model", MODEL, "--cluster", "/nowhere/c.yaml"), "/nowhere/c.yaml"),
+        (("columns", "SRC", "--hash", "phash", "--scheduler-file", "/nowhere/s.json"), "/nowhere/s.json"),
         (("info", "/nowhere/at/all"), "/nowhere/at/all"),
         (("models", "nosuchmodel"), "nosuchmodel"),
         (("index-tars", "/nowhere/at/all"), "/nowhere/at/all"),

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING
 
 from distributed import Client, Future
@@ -22,15 +23,16 @@ from distributed.scheduler import KilledWorker
 from tqdm.auto import tqdm
 
 from curator_embed.execution.lock import OutputLock
-from curator_embed.execution.planning import group_shards, split
+from curator_embed.execution.planning import group_shards
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import ShardReport
 from curator_embed.execution.worker import (
+    TaskReport,
     WorkerUnfit,
+    ask_back,
     close_run,
     progress_topic,
     run_task,
-    share_run,
     stop_run,
 )
 from curator_embed.execution.workers import WAIT_KEY, Workers, host, patience, scheduler_address
@@ -46,8 +48,10 @@ LOOK_EVERY_S = 1.0
 """How often the driver looks which workers there are."""
 STOP_EVERY_S = 0.2
 """How often it is looked whether the workers must be told to stop."""
-SHARE_EVERY_S = 1.0
-"""How often busy workers are asked to give back shards while others have nothing to do."""
+SLOW = 4.0
+"""A task that takes so many times what others took for as many shards gives back what it has not finished."""
+SLOW_AFTER_S = 2.0
+"""No task is slow before that."""
 RESULT_WITHIN_S = 60.0
 """A finished task's reports are fetched from its worker in this time, or the worker has died with them."""
 CLOSE_WITHIN_S = 30.0
@@ -67,12 +71,14 @@ class _Flight:
     """A task that Dask has been given.
 
     Attributes:
+        since: when it was handed in, on the monotonic clock.
         only_on: addresses it may run on; None for any.
         alone: the trial of a single shard that has its machine to itself.
     """
 
-    future: Future[list[ShardReport]]
+    future: Future[TaskReport]
     positions: tuple[int, ...]
+    since: float
     only_on: frozenset[str] | None = None
     alone: bool = False
 
@@ -103,13 +109,15 @@ class Driver:
         self.workers = Workers(client)
         self._waiting: deque[tuple[int, ...]] = deque()
         self._flights: dict[str, _Flight] = {}
-        self._finished: queue.SimpleQueue[Future[list[ShardReport]]] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
         self._suspects: deque[int] = deque()  # shards of tasks that killed their workers, to be tried alone
         self._deaths: Counter[int] = Counter()  # of workers, while trying this shard alone
         self._kills_in_a_row = 0
         self._refused: Counter[int] = Counter()  # workers whose pipeline broke while they had this shard
         self._worked = False  # some worker has finished a task
-        self._work_short = threading.Event()  # workers are idle while others have more than they need
+        self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
+        self._slow_tasks: list[str] = []  # to be asked for what they have not finished
+        self._avoid: dict[int, str] = {}  # shard -> the worker that was too slow for it
 
     def run(self, show: bool) -> None:
         """Work off the plan's open shards."""
@@ -150,21 +158,20 @@ class Driver:
 
     @contextmanager
     def _talking_to_workers(self) -> Iterator[None]:
-        """Beside the loop: pass on that the run is to stop, ask for shards back, and let go of models at the end.
+        """Beside the loop: pass on that the run is to stop, ask slow tasks for shards, let go of models at the end.
 
         In a thread of its own, because a worker that hangs does not answer.
         """
         over = threading.Event()
 
         def talk() -> None:
-            shared = time.monotonic()
             while not over.wait(STOP_EVERY_S):
                 if self._asked_to_stop():
-                    self._tell(stop_run)  # again and again: workers may be new
-                elif self._work_short.is_set() and time.monotonic() - shared >= SHARE_EVERY_S:
-                    self._tell(share_run)
-                    shared = time.monotonic()
-            self._tell(close_run)
+                    self._tell(stop_run, self.run_id)  # again and again: workers may be new
+                elif slow := self._slow_tasks:
+                    self._slow_tasks = []
+                    self._tell(ask_back, slow)
+            self._tell(close_run, self.run_id)
 
         thread = threading.Thread(target=talk, name="talking-to-workers", daemon=True)
         thread.start()
@@ -174,11 +181,11 @@ class Driver:
             over.set()
             thread.join(CLOSE_WITHIN_S)
 
-    def _tell(self, message: Callable[[str], None]) -> None:
-        """Call a function with the run's id on every worker there is."""
+    def _tell(self, message: Callable[..., None], content: str | list[str]) -> None:
+        """Call a function on every worker there is."""
         with suppress(OSError, RuntimeError):
             if self.client.status == "running":
-                self.client.run(message, self.run_id, on_error="ignore")
+                self.client.run(message, content, on_error="ignore")
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -206,6 +213,7 @@ class Driver:
                     break
                 if not self._stopping():
                     self._hand_out(limit)
+                    self._slow_tasks = self._find_slow()
                 with suppress(queue.Empty):
                     self._take(self._finished.get(timeout=LOOK_EVERY_S))
         except SchedulerGone as error:
@@ -262,18 +270,28 @@ class Driver:
             return  # those that are there cannot do this job
         # Even without workers some tasks wait: they are what makes an adaptive cluster start one.
         while self._waiting and len(self._flights) < max(2, TASKS_UNDER_WAY * sum(fit.values())):
-            self._submit(self._waiting.popleft(), limit, restriction)
-        several = any(len(flight.positions) > 1 for flight in self._flights.values())
-        if several and not self._waiting and len(fit) > 1 and len(self._flights) < sum(fit.values()):
-            self._work_short.set()
-        else:
-            self._work_short.clear()
+            positions = self._waiting.popleft()
+            quicker = frozenset(fit) - {self._avoid.get(positions[0], "")}
+            self._submit(positions, limit, quicker if 0 < len(quicker) < len(fit) else restriction)
         if self._waiting or not all(flight.alone for flight in self._flights.values()):
             return
         busy = {host(address) for flight in self._flights.values() for address in flight.only_on or ()}
         for free, address in self.workers.one_a_host().items():
             if self._suspects and free not in busy:
                 self._submit((self._suspects.popleft(),), limit, frozenset([address]), alone=True)
+
+    def _find_slow(self) -> list[str]:
+        """Tasks of several shards that take far longer than others did, while there are threads with nothing to do."""
+        idle = sum(self.workers.fit.values()) - len(self._flights)
+        if self._waiting or idle <= 0 or len(self.workers.fit) < 2 or not self._paces:
+            return []
+        usual, now = median(self._paces), time.monotonic()
+        return [
+            key
+            for key, flight in self._flights.items()
+            if len(flight.positions) > 1
+            and now - flight.since > max(SLOW_AFTER_S, SLOW * usual * len(flight.positions))
+        ]
 
     def _submit(
         self, positions: tuple[int, ...], limit: int | None, only_on: frozenset[str] | None, alone: bool = False
@@ -285,7 +303,7 @@ class Driver:
         except RuntimeError as error:  # a closed client
             self._waiting.append(positions)
             raise SchedulerGone(str(error)) from None
-        self._flights[str(future.key)] = _Flight(future, positions, only_on, alone)
+        self._flights[str(future.key)] = _Flight(future, positions, time.monotonic(), only_on, alone)
         future.add_done_callback(self._finished.put)
 
     def _leave(self, shards: int) -> None:
@@ -302,7 +320,7 @@ class Driver:
 
     # -- what comes back -------------------------------------------------------------------
 
-    def _take(self, future: Future[list[ShardReport]]) -> None:
+    def _take(self, future: Future[TaskReport]) -> None:
         """Count a finished task, or find out why it did not finish."""
         flight = self._flights.get(str(future.key))
         if flight is None:
@@ -321,25 +339,29 @@ class Driver:
                     assert error is not None
                     raise error.with_traceback(future.traceback())
                 return
-            reports = future.result(timeout=RESULT_WITHIN_S)
+            task = future.result(timeout=RESULT_WITHIN_S)
         except TimeoutError:  # of the fetch: the worker died with the reports; finished shards are found done
             self._again(flight)
             return
         finally:
             future.release()
-        self._worked = True
-        for report in reports:
+        self._count(flight, task)
+
+    def _count(self, flight: _Flight, task: TaskReport) -> None:
+        done = [report for report in task.shards if report is not None]
+        for report in done:
             # Not done when the run began, done when it came to it: a worker of this run finished it and died.
             report.skipped = False
             self._add(report)
-        if reports:
-            self._kills_in_a_row = 0
-        rest = flight.positions[len(reports) :]
-        if self._stopping():
+        if done:
+            self._worked, self._kills_in_a_row = True, 0
+            self._paces.append(task.seconds / len(done))
+        rest = [p for p, report in zip(flight.positions, task.shards, strict=True) if report is None]
+        if rest and self._stopping():
             self._leave(len(rest))
-        elif rest:
-            idle = sum(self.workers.fit.values()) - len(self._flights)
-            self._waiting.extend(rest[part.start : part.stop] for part in split(len(rest), max(1, idle)))
+        elif rest:  # it was slow: one by one, to whoever is free
+            self._waiting.extend((position,) for position in rest)
+            self._avoid.update(dict.fromkeys(rest, task.worker))
         self.bar.set_postfix(failed=self.report.failed, refresh=False)
 
     def _add(self, shard: ShardReport) -> None:

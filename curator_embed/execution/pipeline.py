@@ -160,6 +160,7 @@ class StageClock:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seconds = dict.fromkeys(self.STAGES, 0.0)
+        self._taken = dict(self._seconds)
 
     def add(self, stage: str, seconds: float) -> None:
         """Count ``seconds`` of work in ``stage``."""
@@ -175,10 +176,60 @@ class StageClock:
         finally:
             self.add(stage, time.perf_counter() - start)
 
+    def total(self) -> dict[str, float]:
+        """What has been counted so far."""
+        with self._lock:
+            return dict(self._seconds)
+
     def take(self) -> dict[str, float]:
         """What has been counted since the last call."""
         with self._lock:
-            taken, self._seconds = self._seconds, dict.fromkeys(self.STAGES, 0.0)
+            before, self._taken = self._taken, dict(self._seconds)
+            return {stage: seconds - before[stage] for stage, seconds in self._taken.items()}
+
+
+def idle_share(seconds: Mapping[str, float]) -> float:
+    """The part of the models' time in which they waited for images, 0 to 1."""
+    total = seconds["idle"] + seconds["model"]
+    return seconds["idle"] / total if total > 0 else 0.0
+
+
+class Gauge:
+    """How much waits in a queue, over time. Not locked: whoever moves it holds the queue's lock.
+
+    Attributes:
+        level: what waits now.
+        fill: how much of the room that takes, 0 to 1.
+    """
+
+    __slots__ = ("_began", "_filled", "_most", "_since", "_waited", "fill", "level")
+
+    def __init__(self) -> None:
+        self.level = self.fill = 0.0
+        self._since = self._began = time.perf_counter()
+        self._waited = self._filled = self._most = 0.0
+
+    def move(self, level: float, fill: float) -> None:
+        """Note that from now on so much waits."""
+        now = time.perf_counter()
+        passed = now - self._since
+        self._waited += self.level * passed
+        self._filled += self.fill * passed
+        self._since, self.level, self.fill = now, level, fill
+        if level > self._most:
+            self._most = level
+
+    def take(self) -> dict[str, float]:
+        """Since the last call: ``seconds`` passed, ``waited`` and ``filled`` (integrals over them), ``most``."""
+        self.move(self.level, self.fill)
+        taken = {
+            "seconds": self._since - self._began,
+            "waited": self._waited,
+            "filled": self._filled,
+            "most": self._most,
+        }
+        self._began, self._most = self._since, self.level
+        self._waited = self._filled = 0.0
         return taken
 
 
@@ -192,6 +243,10 @@ class Pipeline:
         threads: decode threads.
         max_queued_bytes: encoded bytes waiting to be decoded, at most.
         max_ready_batches: batches of prepared images waiting for the model, at most.
+
+    Attributes:
+        clock: seconds a stage.
+        images: through so far, good or bad.
     """
 
     def __init__(
@@ -208,6 +263,8 @@ class Pipeline:
         self.engine, self.models = engine, dict(models)
         self.batch_steps, self.image_steps = tuple(models), tuple(image_steps)
         self.clock = StageClock()
+        self.images = 0
+        self._gauges = {"encoded": Gauge(), "ready": Gauge()}
         self._on_images = on_images
         self._max_bytes, self._max_items = max_queued_bytes, max(64, 4 * threads, 4 * engine.chunk)
         self._max_ready = {p: max_ready_batches * m.batch_size for p, m in self.models.items()}
@@ -240,6 +297,26 @@ class Pipeline:
     def fault(self) -> BaseException | None:
         """What broke the pipeline for all its shards; None while it works."""
         return self._fault
+
+    def waiting(self) -> dict[str, float]:
+        """What waits now: ``encoded`` images for a decoder, ``ready`` batches for the model."""
+        return {queue: gauge.level for queue, gauge in self._gauges.items()}
+
+    def take_queues(self) -> dict[str, dict[str, float]]:
+        """How full the queues were since the last call; see ``Gauge.take``."""
+        with self._lock:
+            return {queue: gauge.take() for queue, gauge in self._gauges.items()}
+
+    def _encoded_moved(self) -> None:
+        count = len(self._items)
+        self._gauges["encoded"].move(count, max(count / self._max_items, min(1.0, self._bytes / self._max_bytes)))
+
+    def _ready_moved(self) -> None:
+        fill = level = 0.0
+        for position, entries in self._ready.items():
+            level += len(entries) / self.models[position].batch_size
+            fill = max(fill, len(entries) / self._max_ready[position])
+        self._gauges["ready"].move(level, min(1.0, fill))
 
     # -- the shards' side ------------------------------------------------------------------
 
@@ -275,6 +352,8 @@ class Pipeline:
                     self._bytes = sum(len(item.encoded) for item in self._items)
                     for position, queue in self._ready.items():
                         self._ready[position] = deque(entry for entry in queue if entry[0] is not opened)
+                    self._encoded_moved()
+                    self._ready_moved()
                     self._wake_everybody()
 
     def close(self) -> None:
@@ -308,6 +387,7 @@ class Pipeline:
                 raise self._fault
             self._items.append(item)
             self._bytes += len(item.encoded)
+            self._encoded_moved()
             if len(self._items) >= self.engine.chunk:
                 self._to_decode.notify()
 
@@ -326,6 +406,7 @@ class Pipeline:
                     return
                 taken = [self._items.popleft() for _ in range(min(chunk, len(self._items)))]
                 self._bytes -= sum(len(item.encoded) for item in taken)
+                self._encoded_moved()
                 self._decoding += len(taken)
                 if self._blocked and self._half_empty():
                     self._room.notify_all()
@@ -360,6 +441,8 @@ class Pipeline:
                     item.shard._finish()
                     finished += 1
             self._decoding -= len(taken)
+            self.images += finished
+            self._ready_moved()
             if self.models and self._next_batch() is not None:
                 self._to_embed.notify()
         if finished and self._on_images is not None:
@@ -382,6 +465,7 @@ class Pipeline:
                 if position is not None:
                     queue, model = self._ready[position], self.models[position]
                     batch = [queue.popleft() for _ in range(min(model.batch_size, len(queue)))]
+                    self._ready_moved()
                     busy_upstream = self._feeding > 0 or self._decoding > 0
                     self._to_decode.notify_all()
             began = time.perf_counter()
@@ -414,6 +498,8 @@ class Pipeline:
             if waiting[0] == 0:
                 shard._finish()
                 finished += 1
+        with self._lock:
+            self.images += finished
         if finished and self._on_images is not None:
             self._on_images(finished)
 

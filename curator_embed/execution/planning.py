@@ -32,9 +32,3 @@ def group_shards(
     if start < len(sizes):
         groups.append(range(start, len(sizes)))
     return groups
-
-
-def split(count: int, parts: int) -> list[range]:
-    """Neighbouring ranges of nearly equal length that cover ``range(count)``: at most ``parts``, none of them empty."""
-    parts = min(count, parts)
-    return [range(count * part // parts, count * (part + 1) // parts) for part in range(parts)]

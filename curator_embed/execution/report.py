@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from curator_embed.execution.pipeline import StageClock
+from curator_embed.execution.pipeline import StageClock, idle_share
 from curator_embed.execution.shard_run import ShardReport
 
 if TYPE_CHECKING:
@@ -16,6 +16,29 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 50
 """Notes and faults kept in a report; the rest is counted."""
+
+MODEL_BUSY = 0.8
+"""A model that runs for this part of the time or more is what the run waits for."""
+CROWDED = 0.3
+"""A queue that is this full on average holds up those who fill it."""
+
+
+def bottleneck(time: Mapping[str, float], crowded: float) -> str:
+    """The stage that the others wait for.
+
+    Args:
+        time: busy seconds a stage.
+        crowded: how full the queue of encoded images was, on average, 0 to 1.
+
+    Returns:
+        "model" where models hardly wait; else "decode" where images wait to be decoded; else whichever of "read" and
+        "write" takes longer: the same threads do both.
+    """
+    if time["model"] > 0 and idle_share(time) <= 1 - MODEL_BUSY:
+        return "model"
+    if crowded >= CROWDED:
+        return "decode"
+    return "write" if time["write"] > time["read"] else "read"
 
 
 @dataclass
@@ -30,6 +53,8 @@ class RunReport:
         wall_seconds: this run, from the first shard to the last.
         decoders: images of this run by what decoded them ("pillow", "dali").
         time: busy seconds a stage, summed over all threads of all workers; ``idle`` is how long models waited.
+        queues: what waited between stages: ``encoded`` images for a decoder, ``ready`` batches for a model. ``waited``
+            (integral over ``seconds``), ``filled`` (as part of the room) and ``most``, summed over workers.
         workers: Dask workers at a time, at most.
         workers_lost: Dask workers that left while the run went on.
         worker_seconds: time that workers were there, summed over them.
@@ -52,6 +77,7 @@ class RunReport:
     decoders: dict[str, int] = field(default_factory=dict)
     wall_seconds: float = 0.0
     time: dict[str, float] = field(default_factory=lambda: dict.fromkeys(StageClock.STAGES, 0.0))
+    queues: dict[str, dict[str, float]] = field(default_factory=dict)
     workers: int = 1
     workers_lost: int = 0
     worker_seconds: float = 0.0
@@ -92,6 +118,37 @@ class RunReport:
             self.examples.append((shard.shard, key, reason))
         for stage, seconds in shard.seconds.items():
             self.time[stage] += seconds
+        for queue, figures in shard.queues.items():
+            so_far = self.queues.setdefault(queue, dict.fromkeys(figures, 0.0))
+            for name, value in figures.items():
+                so_far[name] = max(so_far[name], value) if name == "most" else so_far[name] + value
+
+    def waiting(self, queue: str) -> dict[str, float]:
+        """What waited in a queue of one worker: ``mean`` and ``most``, and ``fill``, the mean part of its room."""
+        found = self.queues.get(queue, {})
+        seconds = found.get("seconds", 0.0) or 1.0
+        return {
+            "mean": round(found.get("waited", 0.0) / seconds, 2),
+            "most": round(found.get("most", 0.0), 2),
+            "fill": round(found.get("filled", 0.0) / seconds, 3),
+        }
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that the others waited for; empty when nothing was done."""
+        return bottleneck(self.time, self.waiting("encoded")["fill"]) if self.images_this_run else ""
+
+    def stages(self) -> dict[str, dict[str, Any]]:
+        """Per stage: images a second of a thread's busy time, what waited before it, how much of its time it waited."""
+        found: dict[str, dict[str, Any]] = {
+            stage: {"images_per_second": round(self.images_this_run / self.time[stage], 2) if self.time[stage] else 0.0}
+            for stage in StageClock.STAGES
+            if stage != "idle"
+        }
+        found["decode"]["waiting_images"] = self.waiting("encoded")
+        found["model"]["waiting_batches"] = self.waiting("ready")
+        found["model"]["idle_share"] = round(idle_share(self.time), 3)
+        return found
 
     def note(self, message: str) -> None:
         """Keep something that a person should know."""
@@ -117,6 +174,8 @@ class RunReport:
             "images_per_second": round(self.images_per_second, 2),
             "wall_seconds": round(self.wall_seconds, 3),
             "time": {stage: round(seconds, 3) for stage, seconds in self.time.items()},
+            "stages": self.stages(),
+            "bottleneck": self.bottleneck,
             "workers": self.workers,
             "workers_lost": self.workers_lost,
             "shards": self.shards,
@@ -155,6 +214,12 @@ class RunReport:
             total = self.worker_seconds or self.wall_seconds * self.workers
             parts = [f"{stage} {self.time[stage] / total:.0%}" for stage in StageClock.STAGES if total > 0]
             lines.append(f"busy           {', '.join(parts)}  (of the wall time; threads add up)")
+            encoded, ready = self.waiting("encoded")["mean"], self.waiting("ready")["mean"]
+            waited = [f"{encoded:,.0f} images waited to be decoded"]
+            if self.time["model"] > 0:
+                share = idle_share(self.time)
+                waited = [f"the model waited {share:.0%} of the time", *waited, f"{ready:,.1f} batches for the model"]
+            lines.append(f"bottleneck     {self.bottleneck} ({', '.join(waited)})")
         if "dali" in self.decoders:
             shares = ", ".join(f"{count:,} {name}" for name, count in self.decoders.items())
             lines.append(f"decoded by     {shares}")

@@ -10,8 +10,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from curator_embed.errors import CuratorEmbedError, Reason, SourceError, UsageError
+from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.execution.failpoints import failpoint
 from curator_embed.execution.output import (
     Location,
@@ -65,6 +65,7 @@ class ShardJob:
         decode_threads: decode threads a worker.
         model_threads: the forward pass's own threads on a CPU.
         storage_options: for fsspec.
+        must_see: files on local disks that a worker must find at these paths, or it is on another disk.
     """
 
     steps: tuple[Step, ...]
@@ -78,6 +79,7 @@ class ShardJob:
     decode_threads: int = 4
     model_threads: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict)
+    must_see: tuple[str, ...] = ()
 
     @cached_property
     def recipes(self) -> tuple[dict[str, Any], ...]:
@@ -125,6 +127,7 @@ class ShardReport:
     exceptions: list[str] = field(default_factory=list)
     decoders: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    queues: dict[str, dict[str, float]] = field(default_factory=dict)
     fault: str = ""
 
     @classmethod
@@ -731,81 +734,3 @@ def _value_slice(opened: OpenShard, position: int, name: str, sample_of_row: np.
         return pa.array([None if cell is None else cell.get(name) for cell in cells], kind)
 
     return values
-
-
-@contextmanager
-def _naming(shard: Shard, pipeline: Pipeline) -> Iterator[None]:
-    """Say which shard an unexpected error belongs to; what broke the pipeline belongs to none."""
-    try:
-        yield
-    except (CuratorEmbedError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        if error is pipeline.fault:
-            raise
-        path = shard.image_source() or shard.table_path() or shard.name
-        if isinstance(error, OSError):
-            raise SourceError(path, f"cannot be read ({error})", "Check that it exists and may be read") from error
-        log.warning("%s: unexpected error", path, exc_info=error)
-        raise SourceError(
-            path,
-            f"could not be worked on ({type(error).__name__}: {error})",
-            "The log has the details; the other shards are not affected",
-        ) from error
-
-
-def run_group(
-    shards: Sequence[Shard],
-    job: ShardJob,
-    pipeline: Pipeline,
-    limit: int | None = None,
-    *,
-    stopping: Callable[[], bool] = lambda: False,
-) -> list[ShardReport]:
-    """Run several shards one after another, reading the next while the last is still being embedded.
-
-    A shard that cannot be used is reported with its fault; the others go on.
-
-    Args:
-        stopping: asked before each shard; once it says yes, those that are begun are finished and no other is.
-    """
-    reports: list[ShardReport] = []
-    waiting: list[ShardRun] = []
-
-    def finish(run: ShardRun) -> None:
-        try:
-            with _naming(run.shard, pipeline):
-                reports.append(run.finish())
-        except (SourceError, UsageError) as error:
-            reports.append(ShardReport(run.shard.name, fault=_fault(error), notes=run.report.notes))
-
-    for shard in shards:
-        if stopping():
-            break
-        run = ShardRun(job, shard, pipeline, limit)
-        try:
-            with _naming(shard, pipeline):
-                if run.begin():
-                    waiting.append(run)
-                else:
-                    reports.append(run.report)
-        except (SourceError, UsageError) as error:
-            reports.append(ShardReport(shard.name, fault=_fault(error), notes=run.report.notes))
-        while waiting and waiting[0].opened is not None and waiting[0].opened.done():
-            finish(waiting.pop(0))
-        while len(waiting) > MAX_OPEN_SHARDS:
-            finish(waiting.pop(0))
-    for run in waiting:
-        finish(run)
-    if reports:
-        reports[-1].seconds = pipeline.clock.take()
-    return reports
-
-
-def _fault(error: Exception) -> str:
-    kind = "failed_rows" if isinstance(error, FailedRows) else "shard"
-    return f"{kind}: {error}"
-
-
-MAX_OPEN_SHARDS = 8
-"""Shards of one group that may wait for the model at a time; groups hold small shards only."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import socket
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -18,14 +19,19 @@ from distributed import Worker, get_worker
 
 from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.engines import CpuEngine, DaliEngine
+from curator_embed.execution.group import run_group
 from curator_embed.execution.output import Location
-from curator_embed.execution.pipeline import DecodeEngine, Pipeline, PipelineClosed
+from curator_embed.execution.pipeline import DecodeEngine, Pipeline, PipelineClosed, StageClock, idle_share
 from curator_embed.execution.provenance import ERROR_COLUMN
-from curator_embed.execution.shard_run import ShardJob, ShardReport, ShardRun, run_group
+from curator_embed.execution.shard_run import ShardJob, ShardReport, ShardRun
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep
 
+METRICS = "curator_embed"
+"""Name of a worker's figures among those that it sends with every heartbeat."""
 PROGRESS_EVERY_S = 0.5
+DISK_WITHIN_S = 3.0
+"""A network file system may show a new file this much later."""
 
 
 def build_pipeline(job: ShardJob, on_images: Callable[[int], None] | None = None) -> Pipeline:
@@ -51,6 +57,23 @@ def build_engine(job: ShardJob) -> DecodeEngine:
     if job.engine == "dali":
         return DaliEngine(job.steps, device=job.device, threads=job.decode_threads)
     raise UsageError(f"there is no decode engine '{job.engine}'; choose 'cpu' or 'dali'")
+
+
+def check_disks(paths: Sequence[str]) -> None:
+    """See that this machine has the disks of the one that started the run.
+
+    Raises:
+        UsageError: a file of the run's is not here.
+    """
+    until = time.monotonic() + DISK_WITHIN_S
+    for path in paths:
+        while not os.path.exists(path):
+            if time.monotonic() > until:
+                raise UsageError(
+                    f"{path} is there on the machine that started the run, and not on {socket.gethostname()}. Datasets "
+                    "and outputs must lie on a disk that all machines share, at one path, or on an object store"
+                )
+            time.sleep(0.2)
 
 
 def read_partition(shard: Shard, job: ShardJob) -> pa.Table:
@@ -114,19 +137,25 @@ class PipelineKeeper:
         self._lock = threading.Lock()
         self._pipelines: dict[str, Pipeline] = {}
         self._stopping: set[str] = set()
-        self._shared: Counter[str] = Counter()
+        self._asked_back: set[str] = set()
 
     @classmethod
     def of(cls, worker: Worker) -> PipelineKeeper:
-        """The worker's keeper, made on first use."""
+        """The worker's keeper, made on first use; from then on every heartbeat carries its figures."""
         keeper = worker.__dict__.setdefault("_curator_embed_pipelines", cls())
         assert isinstance(keeper, cls)
+        worker.metrics.setdefault(METRICS, Figures(keeper))
         return keeper
+
+    def pipelines(self) -> list[Pipeline]:
+        """Those that are there; does not wait for one that is being built."""
+        return list(self._pipelines.values())
 
     def get(self, run: str, job: ShardJob, on_images: Callable[[int], None]) -> Pipeline:
         """The run's pipeline, built by whoever comes first while the others wait."""
         with self._lock:
             if run not in self._pipelines:
+                check_disks(job.must_see)
                 self._pipelines[run] = build_pipeline(job, on_images)
             return self._pipelines[run]
 
@@ -138,13 +167,13 @@ class PipelineKeeper:
         """Whether the run was asked to stop, or is over."""
         return run in self._stopping
 
-    def share(self, run: str) -> None:
-        """Ask the run's tasks to give back the shards they have not begun."""
-        self._shared[run] += 1
+    def ask_back(self, tasks: Sequence[str]) -> None:
+        """Have these tasks give back the shards they have not finished, where they run here."""
+        self._asked_back.update(tasks)
 
-    def times_shared(self, run: str) -> int:
-        """How often they were asked to."""
-        return self._shared[run]
+    def asked_back(self, task: str) -> bool:
+        """Whether this task was asked to."""
+        return task in self._asked_back
 
     def close(self, run: str) -> None:
         """Stop a run's threads and let go of its models; tasks that come after it do nothing."""
@@ -153,6 +182,45 @@ class PipelineKeeper:
             pipeline = self._pipelines.pop(run, None)
         if pipeline is not None:
             pipeline.close()
+
+
+class Figures:
+    """What a worker's heartbeat tells of its pipelines: Dask calls this some times a minute, and it never waits.
+
+    The scheduler shows it as ``Client.scheduler_info()["workers"][address]["metrics"]["curator_embed"]``.
+    """
+
+    def __init__(self, keeper: PipelineKeeper) -> None:
+        self._keeper = keeper
+        self._then, self._images = time.monotonic(), 0
+        self._seconds = dict.fromkeys(StageClock.STAGES, 0.0)
+
+    def __call__(self, worker: Worker) -> dict[str, Any]:
+        """Totals, what waits now, and rates since the last call; empty while there is no pipeline.
+
+        Returns:
+            ``images`` and busy ``seconds`` a stage so far, ``encoded_waiting`` images, ``ready_waiting`` batches,
+            ``images_per_second`` and ``idle_share`` (of the models' time, spent waiting for images).
+        """
+        pipelines = self._keeper.pipelines()
+        totals = [pipeline.clock.total() for pipeline in pipelines]
+        seconds = {stage: sum(total[stage] for total in totals) for stage in StageClock.STAGES}
+        images, now = sum(pipeline.images for pipeline in pipelines), time.monotonic()
+        # A run that has ended takes its share of the totals with it.
+        new = {stage: max(0.0, seconds[stage] - self._seconds[stage]) for stage in seconds}
+        rate = max(0, images - self._images) / max(now - self._then, 1e-9)
+        self._then, self._images, self._seconds = now, images, seconds
+        if not pipelines:
+            return {}
+        waiting = [pipeline.waiting() for pipeline in pipelines]
+        return {
+            "images": images,
+            "images_per_second": round(rate, 2),
+            "encoded_waiting": sum(found["encoded"] for found in waiting),
+            "ready_waiting": round(sum(found["ready"] for found in waiting), 2),
+            "idle_share": round(idle_share(new), 3),
+            "seconds": {stage: round(total, 3) for stage, total in seconds.items()},
+        }
 
 
 class ProgressReporter:
@@ -203,37 +271,53 @@ def _unfit(worker: Worker, cause: Exception, had_begun: bool) -> WorkerUnfit:
     return WorkerUnfit(worker.address, socket.gethostname(), cause, had_begun)
 
 
-def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None = None) -> list[ShardReport]:
+@dataclass(frozen=True)
+class TaskReport:
+    """What became of a task.
+
+    Attributes:
+        worker: address of the one that ran it.
+        seconds: how long it took.
+        shards: one entry a shard, in order; None for those it did not work on.
+    """
+
+    worker: str
+    seconds: float
+    shards: list[ShardReport | None]
+
+
+def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None = None) -> TaskReport:
     """The Dask task: run these shards on this worker's pipeline.
 
-    Returns:
-        A report each of the first so many shards: those that were begun before the worker was told to stop or to
-        give back what it has not begun.
+    Shards that were not begun when the worker was told to stop are left, and those that were not finished when the
+    task was asked to give them back; it finishes one at least.
 
     Raises:
         WorkerUnfit: this worker can do nothing for the run; another may.
     """
-    worker = get_worker()
+    worker, began = get_worker(), time.monotonic()
+    task = str(worker.get_current_task())
     keeper = PipelineKeeper.of(worker)
-    if keeper.stopping(run):
-        return []
-    try:
-        pipeline = keeper.get(run, job, ProgressReporter(worker, progress_topic(run)))
-    except Exception as error:
-        raise _unfit(worker, error, had_begun=False) from error
-    begun, shared = 0, keeper.times_shared(run)
-
-    def stopping() -> bool:
-        nonlocal begun
-        begun += 1
-        return keeper.stopping(run) or (begun > 1 and keeper.times_shared(run) != shared)
-
-    try:
-        return run_group(shards, job, pipeline, limit, stopping=stopping)
-    except Exception as error:
-        if error is pipeline.fault and not isinstance(error, PipelineClosed):
-            raise _unfit(worker, error, had_begun=True) from error
-        raise
+    reports: list[ShardReport | None] = [None] * len(shards)
+    if not keeper.stopping(run):
+        try:
+            pipeline = keeper.get(run, job, ProgressReporter(worker, progress_topic(run)))
+        except Exception as error:
+            raise _unfit(worker, error, had_begun=False) from error
+        try:
+            reports = run_group(
+                shards,
+                job,
+                pipeline,
+                limit,
+                stopping=lambda: keeper.stopping(run),
+                giving_back=lambda: keeper.asked_back(task),
+            )
+        except Exception as error:
+            if error is pipeline.fault and not isinstance(error, PipelineClosed):
+                raise _unfit(worker, error, had_begun=True) from error
+            raise
+    return TaskReport(worker.address, time.monotonic() - began, reports)
 
 
 def stop_run(run: str, dask_worker: Any = None) -> None:
@@ -241,9 +325,9 @@ def stop_run(run: str, dask_worker: Any = None) -> None:
     PipelineKeeper.of(dask_worker).stop(run)
 
 
-def share_run(run: str, dask_worker: Any = None) -> None:
-    """Ask for the shards back that this worker's tasks have not begun (called through ``Client.run``)."""
-    PipelineKeeper.of(dask_worker).share(run)
+def ask_back(tasks: Sequence[str], dask_worker: Any = None) -> None:
+    """Ask tasks for the shards they have not finished, where they run here (called through ``Client.run``)."""
+    PipelineKeeper.of(dask_worker).ask_back(tasks)
 
 
 def close_run(run: str, dask_worker: Any = None) -> None:

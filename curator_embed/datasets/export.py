@@ -33,7 +33,7 @@ from curator_embed.execution.pairing import ids_as_text, ids_digest, key_normali
 from curator_embed.execution.provenance import Footer
 from curator_embed.execution.run import check_writable
 from curator_embed.execution.worker import read_partition
-from curator_embed.sources.files import exists, fingerprint
+from curator_embed.sources.files import absolute, exists, fingerprint
 from curator_embed.sources.shard import Shard
 
 if TYPE_CHECKING:
@@ -158,6 +158,7 @@ def export(
         )
     if dataset.id_col not in frame.columns:
         raise UsageError(f"the metadata has lost its id column '{dataset.id_col}'")
+    path = absolute(path)
     folder = Location.of(path, dataset.storage_options)
     added = tuple(dataset.added_columns())
     report = ExportReport()

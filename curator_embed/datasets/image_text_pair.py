@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from curator_embed.errors import UsageError
 from curator_embed.execution.shard_run import ShardJob
+from curator_embed.sources.files import absolute
 from curator_embed.sources.shard import Shard
 from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import Step
@@ -80,7 +81,8 @@ class ImageTextPairDataset:
             )
         )
         if metadata_path is not None:
-            shards = [shard.with_table(f"{metadata_path.rstrip('/')}/{shard.name}.parquet") for shard in shards]
+            folder = absolute(metadata_path).rstrip("/")
+            shards = [shard.with_table(f"{folder}/{shard.name}.parquet") for shard in shards]
         return cls(shards, id_col, storage_options=storage_options)
 
     @classmethod
@@ -220,9 +222,7 @@ class ImageTextPairDataset:
         from curator_embed.sources.parquet import find_parquets
         from curator_embed.sources.tables import with_found_tables
 
-        found = find_parquets(
-            path, id_col=id_col, image_col=image_col, storage_options=storage_options, policy=reading
-        )
+        found = find_parquets(path, id_col=id_col, image_col=image_col, storage_options=storage_options, policy=reading)
         shards: list[Shard] = list(found)
         if metadata_path is not None or found[0].numbered:
             shards = with_found_tables(shards, metadata_path, storage_options)
@@ -310,7 +310,7 @@ class ImageTextPairDataset:
         return ShardJob(
             steps=self._steps,
             id_col=self.id_col,
-            output=None if output is None else str(output),
+            output=None if output is None else absolute(str(output)),
             select=None if columns is None else tuple(columns),
             on_error=on_error,
             overwrite=overwrite,

@@ -33,7 +33,7 @@ from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import TO_PAIR_BY, ShardJob, Survey, look, survey
 from curator_embed.execution.workers import cores_per_worker
-from curator_embed.sources.files import fingerprint, is_folder, is_remote, list_files, redact
+from curator_embed.sources.files import fingerprint, is_folder, is_remote, list_files, local_path, redact
 from curator_embed.sources.path_list import cut_otherwise
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Step
@@ -280,7 +280,7 @@ def execute(
     with ExitStack() as stack:
         locks = [stack.enter_context(OutputLock(target, part)) for target in targets]
         client = stack.enter_context(some_client())
-        job = place(client, job)
+        job = dataclasses.replace(place(client, job), must_see=_must_see(shards[0], locks[0]))
         tasks = sum(client.nthreads().values())
         plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
         check_plan(plan)
@@ -299,6 +299,14 @@ def execute(
         if afterwards is not None:
             afterwards(plan.job)
     return report, plan
+
+
+def _must_see(shard: Shard, lock: OutputLock) -> tuple[str, ...]:
+    """Files by which a worker proves that it is on the same disks: the first shard, and the lock of the output."""
+    first = shard.image_source()
+    proofs = [] if first is None or is_remote(first) else [local_path(first)]
+    proofs += [lock.file.path] if lock.file.is_local else []
+    return tuple(path for path in proofs if os.path.exists(path))
 
 
 def _output_folder(job: ShardJob, shard: Shard) -> Location:

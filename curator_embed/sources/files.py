@@ -53,6 +53,14 @@ def local_path(path: str) -> str:
     return os.path.expanduser(path.removeprefix("file://").removeprefix("local://"))
 
 
+def absolute(path: str) -> str:
+    """A path that means the same to a worker that runs in another folder; URLs are left as they are."""
+    if is_remote(path):
+        return path
+    plain = local_path(path)
+    return plain if os.path.isabs(plain) else os.path.abspath(plain)
+
+
 def join(base: str, *parts: str) -> str:
     """Join path pieces with '/', for local paths and URLs alike."""
     return "/".join((base.rstrip("/") if base.strip("/") else base.removesuffix("/"), *parts))

@@ -520,7 +520,7 @@ def find_shards(
     if key_split not in ("auto", "first", "last"):
         raise UsageError(f"key_split={key_split!r}: say 'auto', 'first' or 'last'")
     options = dict(storage_options or {})
-    base, found = _resolve([plain for one in asked for plain in _expanded(one)], options)
+    base, found = _resolve([files.absolute(plain) for one in asked for plain in _expanded(one)], options)
     if not found:
         raise UsageError(
             f"{', '.join(map(redact, asked)) or 'an empty list'}: no *.tar and no *.parquet there. Give a folder "

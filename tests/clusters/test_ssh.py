@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -17,13 +18,18 @@ import psutil
 import pytest
 
 from curator_embed import get_client
-from curator_embed.errors import CuratorEmbedError
+from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.errors import CuratorEmbedError, UsageError
 from tests.clusters.gate import wait_until
 from tests.clusters.losing import embed_and_kill
 from tests.conftest import REPO
+from tests.rows import table_rows
+from tests.stub import ColourEmbedder
 
 asyncssh = pytest.importorskip("asyncssh", reason="needs the extra: clusters")
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+UNSHARE = shutil.which("unshare")
+CAN_HIDE = UNSHARE is not None and not subprocess.call([UNSHARE, "--mount", "true"], stderr=subprocess.DEVNULL)
 
 pytestmark = [
     pytest.mark.ssh,
@@ -135,3 +141,39 @@ def test_a_worker_without_this_package_is_named(config: dict[str, Any], tmp_path
     python.chmod(0o755)
     with pytest.raises(CuratorEmbedError, match=r"worker tcp://.* cannot import curator_embed .*'python'"):
         get_client(config={**config, "hosts": ["127.0.0.1"], "wait_for_workers": 1, "python": str(python)})
+
+
+def test_relative_paths_mean_the_folder_of_the_one_who_asks(
+    config: dict[str, Any], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSH's processes begin in the home folder."""
+    monkeypatch.chdir(tmp_path)
+    with get_client(config={**config, "hosts": ["127.0.0.1"], "wait_for_workers": 1}):
+        report = ColourEmbedder()(ImageTextPairDataset.from_webdataset("in")).save_metadata("out", progress=False)
+    assert report.embedded == 71
+    assert len(table_rows(tmp_path / "out")) == 84
+
+
+@pytest.mark.skipif(not CAN_HIDE, reason="hiding a folder from one process needs 'unshare' and its rights")
+def test_a_machine_without_the_disk_writes_nothing_and_is_named(
+    config: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    """The second host has the folders, too, but on a disk of its own."""
+    alone = tmp_path / "alone"
+    python = shlex.quote(config["python"])
+    hidden = f'mount -t tmpfs tmpfs "{source}" && exec "{config["python"]}" "$@"'
+    alone.write_text(f"#!/bin/sh\nexec unshare --mount sh -c '{hidden}' sh \"$@\"\n")
+    alone.chmod(0o755)
+    blind = {**config["options"], "remote_python": [python, python, str(alone)]}
+    with get_client(config={**config, "options": blind}):
+        dataset = ColourEmbedder()(ImageTextPairDataset.from_webdataset(str(source)))
+        report = dataset.save_metadata(str(tmp_path / "out"), progress=False)
+    assert report.embedded == 71 and report.workers == 2
+    assert any("00000.tar is there on the machine that started the run, and not on" in note for note in report.notes)
+    only = {**blind, "remote_python": [python, str(alone)]}
+    with (
+        get_client(config={**config, "hosts": ["127.0.0.1"], "wait_for_workers": 1, "options": only}),
+        pytest.raises(UsageError, match=r"00000.tar is there on .*on a disk that all machines share"),
+    ):
+        dataset.save_metadata(str(tmp_path / "again"), progress=False)
+    assert not list((tmp_path / "again").glob("*.parquet"))

@@ -25,7 +25,9 @@ from urllib.parse import parse_qs, urlsplit
 DASK = "dask.org/cluster-name"
 OF_DASK = "/apis/kubernetes.dask.org/v1"
 _ADDRESSES = (f"127.44.{number // 250}.{number % 250 + 1}" for number in count())
-_ITEM = re.compile(r"(?P<list>/(?:api|apis/[^/]+)/v1/namespaces/[^/]+/[a-z]+)(?:/(?P<name>[^/]+))?(?:/status)?")
+_ITEM = re.compile(
+    r"/(?:api|apis/(?P<group>[^/]+))/v1/namespaces/[^/]+/(?P<kind>[a-z]+)(?:/(?P<name>[^/]+))?(?:/status)?"
+)
 
 _DISCOVERY: dict[str, dict[str, Any]] = {
     "/version": {"major": "1", "minor": "32", "gitVersion": "v1.32.0"},
@@ -66,6 +68,7 @@ class Kubernetes:
     Attributes:
         operator: whether anything happens when a DaskCluster is created.
         log: where the pods' output goes.
+        asked: verb, API group and resource of each request: what a role has to allow.
         stuck: the container state of scheduler pods that never run, for instance for an image that is not there.
     """
 
@@ -74,6 +77,7 @@ class Kubernetes:
     stuck: dict[str, Any] | None = None
     has_crd: bool = True
     log: Path = Path(os.devnull)
+    asked: set[tuple[str, str, str]] = field(default_factory=set)
     clusters: dict[str, dict[str, Any]] = field(default_factory=dict)
     pods: dict[str, Pod] = field(default_factory=dict)
     created: list[dict[str, Any]] = field(default_factory=list)
@@ -187,7 +191,8 @@ def serving(kubernetes: Kubernetes, kubeconfig: Path) -> Iterator[None]:
             if path in _DISCOVERY:
                 return self._answer(_DISCOVERY[path])
             match = _ITEM.fullmatch(path)
-            kind = match["list"].rpartition("/")[2] if match else ""
+            self._note("get" if match and match["name"] else "list")
+            kind = match["kind"] if match else ""
             found = kubernetes.listed(kind)
             if match is None or (kind == "daskclusters" and not kubernetes.has_crd):
                 return self._unknown()
@@ -208,12 +213,18 @@ def serving(kubernetes: Kubernetes, kubeconfig: Path) -> Iterator[None]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if not (kubernetes.has_crd and urlsplit(self.path).path.rstrip("/").endswith("/daskclusters")):
                 return self._unknown()
+            self._note("create")
             return self._answer(kubernetes.create(body), 201)
 
         def do_DELETE(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._note("delete")
             kubernetes.delete(urlsplit(self.path).path.rstrip("/").rpartition("/")[2])
             self._answer({"kind": "Status", "status": "Success"})
+
+        def _note(self, verb: str) -> None:
+            if match := _ITEM.fullmatch(urlsplit(self.path).path.rstrip("/")):
+                kubernetes.asked.add((verb, match["group"] or "", match["kind"]))
 
         def _unknown(self) -> None:
             self._send(404, "text/plain", b"404 page not found\n")

@@ -1,12 +1,13 @@
 """What the documentation takes from the code while it is built, so that it cannot say something else.
 
 ``<!-- help: embed -->`` becomes the command's own help, ``<!-- reasons -->`` the table of reason codes,
-and the home page is the README.
+``<!-- notebook: 02-folder-to-table -->`` a tutorial's text and code, and the home page is the README.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     if page.file.src_uri == "index.md":
         return _home()
     markdown = re.sub(r"<!-- help: ?([a-z-]*) -->", lambda match: _help(match[1]), markdown)
+    markdown = re.sub(r"<!-- notebook: ([a-z0-9-]+) -->", lambda match: _notebook(match[1]), markdown)
     return markdown.replace("<!-- reasons -->", _reasons())
 
 
@@ -26,6 +28,7 @@ def _home() -> str:
     """The README, its links turned into those of the site; files outside it become plain names."""
     text = (REPO / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"\[([^]]+)\]\(docs/([^)]+)\)", r"[\1](\2)", text)
+    text = re.sub(r"\(tutorials/\d+-([a-z-]+)\.ipynb\)", r"(tutorial-\1.md)", text)
     return re.sub(r"\[([^]]+)\]\((?!https?:|[a-z-]+\.md\))([^)]+)\)|\[([^]]+)\]\(CHANGELOG\.md\)", _plain, text)
 
 
@@ -42,6 +45,15 @@ def _help(name: str) -> str:
     if result.exit_code != 0:
         raise ValueError(f"docs name a command that is not there: {name}")
     return f"```text\n{result.stdout.strip()}\n```"
+
+
+def _notebook(name: str) -> str:
+    """A notebook's cells as markdown; it is kept without outputs, so there are none to show."""
+    cells = json.loads((REPO / "tutorials" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    fences = {"markdown": "{}", "code": "```python\n{}\n```"}
+    shown = [fences[cell["cell_type"]].format("".join(cell["source"])) for cell in cells]
+    where = f"*This is the notebook `tutorials/{name}.ipynb`. Run it to see its tables and pictures.*"
+    return "\n\n".join([shown[0], where, *shown[1:]])
 
 
 def _reasons() -> str:

@@ -105,7 +105,7 @@ variable "workers" {
 }
 
 variable "node_type_id" {
-  description = "Instance type of the workers. Decoding needs cores: 16 for each GPU are well spent."
+  description = "Instance type of the workers. Decoding needs cores, so rather many for each GPU."
   type        = string
   default     = "g5.4xlarge"
 

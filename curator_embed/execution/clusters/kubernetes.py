@@ -6,6 +6,7 @@ The manifest is a pure function of the config, so that it can be read, checked a
 from __future__ import annotations
 
 import logging
+import math
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ _NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,51}[a-z0-9])?")  # a label of 63, less
 _SECRET_NAME = re.compile(r"(^|_)(SECRET|TOKEN|PASSWORD|PASSWD|KEY)(_ID)?(_|$)", re.IGNORECASE)
 _PLACE_NAME = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret lies is none itself
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
+_LEAST_MEMORY = 256 * 2**20
 _MARK = "curator-embed/started-by"
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)
@@ -114,6 +116,13 @@ class KubernetesConfig(ClusterConfig):
         for key, quantity in (("memory", self.memory), ("scheduler_memory", self.scheduler_memory)):
             if not _QUANTITY.fullmatch(quantity):
                 raise self.wrong(key, f"{quantity!r} is no quantity of Kubernetes, such as 16Gi")
+        if memory_bytes(self.memory) // self._workers_of_a_pod < _LEAST_MEMORY:
+            raise self.wrong("memory", f"{self.memory} is less than 256Mi for each worker of a pod: none would start")
+        for key, cores in (("cpu", self.cpu), ("scheduler_cpu", self.scheduler_cpu)):
+            if not 0 < cores < math.inf:  # not a number compares false
+                raise self.wrong(key, f"{cores} is no number of cores; more than 0")
+        if self.idle_timeout < 0:
+            raise self.wrong("idle_timeout", f"{self.idle_timeout} is no time; seconds, or 0 for never")
         for variable in self.env:
             if _SECRET_NAME.search(variable) and not _PLACE_NAME.search(variable):
                 raise self.wrong(
@@ -260,8 +269,12 @@ class KubernetesConfig(ClusterConfig):
     def _in_namespace(self) -> str:
         return "" if self.namespace is None else f"-n {self.namespace} "
 
+    @property
+    def _workers_of_a_pod(self) -> int:
+        return self.gpus_per_node or self.workers_per_node
+
     def _worker_pod(self) -> dict[str, Any]:
-        workers = self.gpus_per_node or self.workers_per_node
+        workers = self._workers_of_a_pod
         # 'auto' would give a worker the share of the pod's memory that its threads are of the pod's cores.
         share = memory_bytes(self.memory) // workers
         args = ["dask", "cuda", "worker"] if self.gpus_per_node else ["dask", "worker", "--nworkers", str(workers)]

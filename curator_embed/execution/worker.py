@@ -30,7 +30,7 @@ from curator_embed.steps import BatchStep
 METRICS = "curator_embed"
 """Name of a worker's figures among those that it sends with every heartbeat."""
 PROGRESS_EVERY_S = 0.5
-DISK_WITHIN_S = 3.0
+DISK_WITHIN_S = 1.0
 """A network file system may show a new file this much later."""
 
 

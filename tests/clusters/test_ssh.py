@@ -154,6 +154,7 @@ def test_relative_paths_mean_the_folder_of_the_one_who_asks(
     assert len(table_rows(tmp_path / "out")) == 84
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAN_HIDE, reason="hiding a folder from one process needs 'unshare' and its rights")
 def test_a_machine_without_the_disk_writes_nothing_and_is_named(
     config: dict[str, Any], source: Path, tmp_path: Path

@@ -110,6 +110,21 @@ class ClusterConfig:
                 "wait_for_workers", f"{self.wait_for_workers} will never come; nodes x {each} makes {self.workers}"
             )
 
+    def check_size(self, key: str) -> None:
+        """For a field that holds an amount of memory.
+
+        Raises:
+            UsageError: it is none.
+        """
+        from dask.utils import parse_bytes
+
+        try:
+            sound = parse_bytes(getattr(self, key)) > 0
+        except (ValueError, OverflowError):
+            sound = False
+        if not sound:
+            raise self.wrong(key, f"'{getattr(self, key)}' is no size; for instance '64GiB'")
+
 
 def read_cluster(source: str | os.PathLike[str] | Mapping[str, Any]) -> ClusterConfig:
     """Read what a cluster is from a YAML file, or from a mapping with the same keys.
@@ -166,7 +181,7 @@ def _config(said: Mapping[Any, Any], path: str) -> ClusterConfig:
                 f"Known are {', '.join(sorted(fields))}"
             )
         if name in values:
-            raise UsageError(f"{path}: {key}: the same as '{name}', which is given as well; keep one")
+            raise UsageError(f"{path}: {key}: '{name}' is given twice, under two names; keep one")
         if not fields[name].metadata.get("on_the_node"):
             value = _expanded(value, path, key)
         if not _fits(value, hints[name]):

@@ -66,10 +66,7 @@ class JobQueueConfig(ClusterConfig):
             raise self.wrong("cores_per_node", f"{self.cores_per_node} is too few; at least 1")
         if _WALLTIME.fullmatch(self.walltime) is None:
             raise self.wrong("walltime", f"'{self.walltime}' is not HH:MM:SS, for instance '12:00:00'")
-        try:
-            parse_bytes(self.memory_per_node)
-        except ValueError:
-            raise self.wrong("memory_per_node", f"'{self.memory_per_node}' is no size; for instance '64GiB'") from None
+        self.check_size("memory_per_node")
 
     def start(self) -> Any:
         """Submit the jobs; see ``ClusterConfig.start``."""

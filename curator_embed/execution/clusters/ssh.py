@@ -53,10 +53,8 @@ class SshConfig(ClusterConfig):
         object.__setattr__(self, "nodes", len(self.hosts))
         super().__post_init__()
         self.check_wait()
-        try:
-            parse_bytes(self.memory_per_node or "1GiB")
-        except ValueError:
-            raise self.wrong("memory_per_node", f"'{self.memory_per_node}' is no size; for instance '64GiB'") from None
+        if self.memory_per_node is not None:
+            self.check_size("memory_per_node")
 
     def start(self) -> Any:
         """Start scheduler and workers on the hosts; see ``ClusterConfig.start``."""

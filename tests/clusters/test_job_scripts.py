@@ -1,0 +1,160 @@
+"""What jobs ask for, by the scripts that Slurm, PBS and LSF are given; and what SSHCluster is told."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from curator_embed import get_client
+from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.execution.clusters import read_cluster
+
+pytest.importorskip("dask_jobqueue", reason="needs the extra: clusters")
+
+NODE = {
+    "nodes": 2, "cores_per_node": 32, "memory_per_node": "64GiB", "walltime": "12:00:30", "queue": "long",
+    "account": "p1", "interface": "lo", "local_directory": "$TMPDIR", "job_script_prologue": ["module load cuda"],
+}  # fmt: skip
+
+
+def script(kind: str, **keys: Any) -> list[str]:
+    config: Any = read_cluster({"cluster": kind, **NODE, **keys})
+    return [line for line in config.job_script().splitlines() if line]
+
+
+def worker(lines: list[str]) -> tuple[str, dict[str, str]]:
+    """The module that the last line runs, and its options."""
+    words = lines[-1].split()
+    found = re.fullmatch(r"tcp://127\.0\.0\.1:\d+", words[3])
+    assert found and words[:2] == [sys.executable, "-m"], lines[-1]
+    options = [word for word in words[4:] if word != "--nanny"]
+    return words[2], dict(zip(options[::2], options[1::2], strict=True))
+
+
+HEADERS = {
+    "slurm": ["#SBATCH -p long", "#SBATCH -A p1", "#SBATCH -n 1", "#SBATCH --cpus-per-task=32", "#SBATCH --mem=64G",
+              "#SBATCH -t 12:00:30", "#SBATCH -J curator-embed"],
+    "pbs": ["#PBS -q long", "#PBS -A p1", "#PBS -l select=1:ncpus=32:mem=65536mb", "#PBS -l walltime=12:00:30",
+            "#PBS -N curator-embed"],
+    "lsf": ["#BSUB -q long", '#BSUB -P "p1"', "#BSUB -n 32", '#BSUB -R "span[hosts=1]"', "#BSUB -W 12:01",
+            "#BSUB -J curator-embed"],
+}  # fmt: skip
+GPUS = {
+    "slurm": "#SBATCH --gpus-per-node=4",
+    "pbs": "#PBS -l select=1:ncpus=32:ngpus=4:mem=65536mb",
+    "lsf": '#BSUB -gpu "num=4"',
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_what_a_node_without_gpus_asks_for(kind: str) -> None:
+    lines = script(kind, workers_per_node=4)
+    assert set(HEADERS[kind]) <= set(lines), lines
+    assert lines[-2] == "module load cuda"
+    module, options = worker(lines)
+    assert module == "distributed.cli.dask_worker"
+    assert options["--nworkers"] == "4" and options["--nthreads"] == "2" and options["--memory-limit"] == "16.00GiB"
+    assert options["--local-directory"] == "$TMPDIR" and options["--interface"] == "lo"
+    assert int(options["--death-timeout"]) <= 60, "workers of a run that died end by themselves"
+    assert "gpu" not in " ".join(lines)
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_every_gpu_gets_a_worker(kind: str) -> None:
+    lines = script(kind, gpus_per_node=4)
+    assert GPUS[kind] in lines
+    module, options = worker(lines)
+    assert module == "dask_cuda.cli", "which starts a worker for each GPU that the job sees"
+    assert options["--nthreads"] == "2" and options["--memory-limit"] == "16.00GiB"
+    assert "--nworkers" not in options, "dask-cuda does not know it"
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_the_cluster_knows_how_many_workers_a_job_brings(kind: str) -> None:
+    config: Any = read_cluster({"cluster": kind, **NODE, "gpus_per_node": 4})
+    cluster = config._cluster()
+    try:
+        (spec,) = cluster.new_worker_spec().values()
+    finally:
+        cluster.close()
+    assert spec["group"] == ["-0", "-1", "-2", "-3"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [("slurm", "--gres=gpu:a100:4"), ("slurm", "--gpus=4"), ("slurm", "-G 4"), ("lsf", '-gpu "num=4:mode=shared"')],
+)
+def test_a_directive_of_ones_own_for_gpus_replaces_ours(kind: str, own: str) -> None:
+    lines = script(kind, gpus_per_node=4, job_extra_directives=[own, "-x y"])
+    assert [line for line in lines if line.endswith(own)]
+    assert GPUS[kind] not in lines
+    assert any(line.endswith("-x y") for line in lines)
+
+
+def test_options_go_straight_on() -> None:
+    torque = script("pbs", options={"resource_spec": "nodes=1:ppn=32", "job_name": "mine"})
+    assert "#PBS -l nodes=1:ppn=32" in torque and "#PBS -N mine" in torque
+    assert not any("select=" in line for line in torque)
+    with pytest.raises(UsageError, match=r"<config>: options: .*'colour'"):
+        script("slurm", options={"colour": "red"})
+
+
+def test_logs_lie_where_they_were_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"#SBATCH -o {tmp_path}/logs/curator-embed-%J.out" in script("slurm", log_directory="~/logs")
+    assert (tmp_path / "logs").is_dir(), "Slurm starts no job whose log has no folder"
+
+
+@pytest.mark.parametrize(("kind", "command"), [("slurm", "sbatch"), ("pbs", "qsub"), ("lsf", "bsub")])
+def test_a_machine_that_cannot_submit(kind: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CuratorEmbedError, match=rf"<config>: there is no '{command}' on the PATH.*login node"):
+        get_client(config={"cluster": kind, **NODE})
+
+
+@pytest.mark.parametrize("kind", ["pbs", "lsf"])
+def test_jobs_are_submitted_one_a_node_and_taken_back(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch system is three scripts that answer as PBS and LSF do and write down what they were asked."""
+    commands = {"pbs": ("qsub", "qdel"), "lsf": ("bsub", "bkill")}[kind]
+    answer = {"pbs": "$$.server", "lsf": "Job <$$> is submitted to queue <long>."}[kind]  # $$: the shell's own number
+    keep = {"pbs": "cp $1", "lsf": "cat >"}[kind]  # LSF reads the script from its standard input
+    (tmp_path / "submitted").mkdir()
+    scripts = {
+        commands[0]: f'{keep} {tmp_path}/submitted/$$; echo "{answer}"',
+        commands[1]: f"echo $1 >> {tmp_path}/deleted",
+    }
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with get_client(config={"cluster": kind, **NODE, "wait_for_workers": 0}):
+        submitted = sorted((tmp_path / "submitted").iterdir())
+        assert len(submitted) == 2
+        assert all(set(HEADERS[kind]) <= set(path.read_text().splitlines()) for path in submitted)
+    deleted = {line.partition(".")[0] for line in (tmp_path / "deleted").read_text().split()}
+    assert deleted == {path.name for path in submitted}
+
+
+def test_what_sshcluster_is_told() -> None:
+    said = {"cluster": "ssh", "hosts": ["a", "b"], "gpus_per_node": 2, "python": "/opt/my venv/bin/python",
+            "connect_options": {"username": "ada"}, "memory_per_node": "64GiB", "interface": "ib0",
+            "local_directory": "/scratch", "options": {"scheduler_options": {"port": 8786}}}  # fmt: skip
+    config: Any = read_cluster(said)
+    assert config.arguments() == {
+        "hosts": ["a", "a", "b"],
+        "connect_options": {"username": "ada"},
+        "remote_python": "CUDA_VISIBLE_DEVICES=0,1 '/opt/my venv/bin/python'",
+        "worker_class": "dask_cuda.CUDAWorker",
+        "scheduler_options": {"dashboard_address": ":8787", "interface": "ib0", "port": 8786},
+        "worker_options": {"nthreads": 2, "interface": "ib0", "local_directory": "/scratch", "memory_limit": 32 << 30},
+    }
+    plain: Any = read_cluster({"cluster": "ssh", "hosts": ["a"], "scheduler_host": "login", "workers_per_node": 4})
+    told = plain.arguments()
+    assert told["hosts"] == ["login", "a"] and told["worker_class"] == "distributed.Nanny"
+    assert told["worker_options"] == {"nthreads": 2, "memory_limit": 0.25, "n_workers": 4}

@@ -18,8 +18,9 @@ from typing import Any
 
 import psutil
 
-from curator_embed.errors import CuratorEmbedError
+from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.output import Location
+from curator_embed.sources.files import redact
 
 LIFETIME_S = 120.0
 RENEW_EVERY_S = 20.0
@@ -46,6 +47,18 @@ class OutputLock:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> OutputLock:
+        try:
+            return self._take()
+        except CuratorEmbedError:
+            raise
+        except Exception as error:  # every file system has exceptions of its own
+            raise UsageError(
+                f"{redact(self.file.fs.unstrip_protocol(self.file.parent.removesuffix('/_curator_embed')))}: cannot "
+                f"write there ({type(error).__name__}: {redact(str(error))}). Choose another output path, or check the "
+                "connection, the credentials and the permissions for it; nothing was computed"
+            ) from error
+
+    def _take(self) -> OutputLock:
         for _ in range(3):
             if self._create():
                 self._refuse_overlap()

@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from curator_embed.errors import SourceError
 from curator_embed.execution.failpoints import failpoint
 from curator_embed.execution.provenance import FOOTER_KEY, Footer
+from curator_embed.sources.files import filesystem
 
 ROW_GROUP_ROWS = 8192
 """Rows a row group holds where there is no input table whose row groups to follow."""
@@ -42,9 +42,12 @@ class Location:
 
     @classmethod
     def of(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> Location:
-        """Resolve a path or any fsspec URL."""
-        fs, path = url_to_fs(url, **(storage_options or {}))
-        return cls(fs, path)
+        """Resolve a path or any fsspec URL.
+
+        Raises:
+            MissingExtra, UsageError: no file system can be opened for such a path.
+        """
+        return cls(*filesystem(url, storage_options))
 
     @property
     def is_local(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from curator_embed.errors import UsageError
 from curator_embed.execution import lock as lock_module
 from curator_embed.execution.lock import LIFETIME_S, OutputLock, OutputLocked
 from curator_embed.execution.output import Location
@@ -66,6 +67,17 @@ def test_a_lock_of_another_machine_expires(tmp_path: Path, age: float, blocked: 
 def test_object_stores_are_locked_too() -> None:
     folder = Location.of("memory://locked")
     with OutputLock(folder), pytest.raises(OutputLocked):
+        OutputLock(folder).__enter__()
+
+
+def test_a_store_that_takes_no_lock_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Location.of("memory://denied/out")
+
+    def deny(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(folder.fs, "pipe_file", deny)
+    with pytest.raises(UsageError, match=r"^memory:///?denied/out: cannot write there \(PermissionError: Forbidden\)"):
         OutputLock(folder).__enter__()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curator_embed.errors import SourceError
+from curator_embed.errors import MissingExtra, SourceError
 from curator_embed.execution import output
 from curator_embed.execution.output import (
     ROW_GROUP_ROWS,
@@ -225,3 +226,9 @@ def test_vectors_become_plain_lists_with_nulls() -> None:
     assert column.to_pylist() == [[0.0, 1.0], None, [4.0, 5.0]]
     none = vectors_to_list_array(np.zeros((2, 0), np.float32), np.array([False, False]), pa.float32())
     assert none.to_pylist() == [None, None]
+
+
+def test_an_output_that_needs_an_extra_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(MissingExtra, match=r"curator-embed\[gcs\]"):
+        Location.of("gs://bucket/out")

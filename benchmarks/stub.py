@@ -24,6 +24,7 @@ class MeanColour(BatchStep):
     """Three numbers an image: as little work as an embedder can do."""
 
     embedding_dim = 3
+    device = "cpu"  # so that nobody imports torch to look for a GPU
 
     def __init__(self, column: str = "mean_colour") -> None:
         self.column = column

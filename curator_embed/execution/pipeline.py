@@ -188,12 +188,6 @@ class StageClock:
             return {stage: seconds - before[stage] for stage, seconds in self._taken.items()}
 
 
-def idle_share(seconds: Mapping[str, float]) -> float:
-    """The part of the models' time in which they waited for images, 0 to 1."""
-    total = seconds["idle"] + seconds["model"]
-    return seconds["idle"] / total if total > 0 else 0.0
-
-
 class Gauge:
     """How much waits in a queue, over time. Not locked: whoever moves it holds the queue's lock.
 

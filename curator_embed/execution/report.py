@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from curator_embed.execution.pipeline import StageClock, idle_share
+from curator_embed.execution.pipeline import StageClock
 from curator_embed.execution.shard_run import ShardReport
 
 if TYPE_CHECKING:
@@ -23,18 +23,19 @@ CROWDED = 0.3
 """A queue that is this full on average holds up those who fill it."""
 
 
-def bottleneck(time: Mapping[str, float], crowded: float) -> str:
+def bottleneck(time: Mapping[str, float], idle_share: float, crowded: float) -> str:
     """The stage that the others wait for.
 
     Args:
         time: busy seconds a stage.
+        idle_share: the part of the time in which the models waited, 0 to 1.
         crowded: how full the queue of encoded images was, on average, 0 to 1.
 
     Returns:
         "model" where models hardly wait; else "decode" where images wait to be decoded; else whichever of "read" and
         "write" takes longer: the same threads do both.
     """
-    if time["model"] > 0 and idle_share(time) <= 1 - MODEL_BUSY:
+    if time["model"] > 0 and idle_share <= 1 - MODEL_BUSY:
         return "model"
     if crowded >= CROWDED:
         return "decode"
@@ -136,7 +137,16 @@ class RunReport:
     @property
     def bottleneck(self) -> str:
         """The stage that the others waited for; empty when nothing was done."""
-        return bottleneck(self.time, self.waiting("encoded")["fill"]) if self.images_this_run else ""
+        return bottleneck(self.time, self.idle_share, self.waiting("encoded")["fill"]) if self.images_this_run else ""
+
+    @property
+    def idle_share(self) -> float:
+        """The part of the workers' time in which their models did not run, 0 to 1; images on their way or not."""
+        total = self._all_seconds()
+        return max(0.0, 1 - self.time["model"] / total) if total > 0 else 0.0
+
+    def _all_seconds(self) -> float:
+        return self.worker_seconds or self.wall_seconds * self.workers
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """Per stage: images a second of a thread's busy time, what waited before it, how much of its time it waited."""
@@ -147,7 +157,7 @@ class RunReport:
         }
         found["decode"]["waiting_images"] = self.waiting("encoded")
         found["model"]["waiting_batches"] = self.waiting("ready")
-        found["model"]["idle_share"] = round(idle_share(self.time), 3)
+        found["model"]["idle_share"] = round(self.idle_share, 3)
         return found
 
     def note(self, message: str) -> None:
@@ -211,14 +221,14 @@ class RunReport:
             lines.append(f"workers        {self.workers:,} at a time, {self.workers_lost:,} lost on the way")
         if self.images_this_run:
             lines.append(f"speed          {self.images_per_second:>12,.1f} images/s over {self.wall_seconds:,.1f} s")
-            total = self.worker_seconds or self.wall_seconds * self.workers
+            total = self._all_seconds()
             parts = [f"{stage} {self.time[stage] / total:.0%}" for stage in StageClock.STAGES if total > 0]
             lines.append(f"busy           {', '.join(parts)}  (of the wall time; threads add up)")
             encoded, ready = self.waiting("encoded")["mean"], self.waiting("ready")["mean"]
             waited = [f"{encoded:,.0f} images waited to be decoded"]
             if self.time["model"] > 0:
-                share = idle_share(self.time)
-                waited = [f"the model waited {share:.0%} of the time", *waited, f"{ready:,.1f} batches for the model"]
+                share = f"the model waited {self.idle_share:.0%} of the time"
+                waited = [share, *waited, f"{ready:,.1f} batches for the model"]
             lines.append(f"bottleneck     {self.bottleneck} ({', '.join(waited)})")
         if "dali" in self.decoders:
             shares = ", ".join(f"{count:,} {name}" for name, count in self.decoders.items())

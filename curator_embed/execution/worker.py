@@ -21,7 +21,7 @@ from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.engines import CpuEngine, DaliEngine
 from curator_embed.execution.group import run_group
 from curator_embed.execution.output import Location
-from curator_embed.execution.pipeline import DecodeEngine, Pipeline, PipelineClosed, StageClock, idle_share
+from curator_embed.execution.pipeline import DecodeEngine, Pipeline, PipelineClosed, StageClock
 from curator_embed.execution.provenance import ERROR_COLUMN
 from curator_embed.execution.shard_run import ShardJob, ShardReport, ShardRun
 from curator_embed.sources.shard import Shard
@@ -192,24 +192,24 @@ class Figures:
 
     def __init__(self, keeper: PipelineKeeper) -> None:
         self._keeper = keeper
-        self._then, self._images = time.monotonic(), 0
-        self._seconds = dict.fromkeys(StageClock.STAGES, 0.0)
+        self._then, self._images, self._model_seconds = time.monotonic(), 0, 0.0
 
     def __call__(self, worker: Worker) -> dict[str, Any]:
         """Totals, what waits now, and rates since the last call; empty while there is no pipeline.
 
         Returns:
             ``images`` and busy ``seconds`` a stage so far, ``encoded_waiting`` images, ``ready_waiting`` batches,
-            ``images_per_second`` and ``idle_share`` (of the models' time, spent waiting for images).
+            ``images_per_second`` and ``idle_share``, the part of the time in which no model ran.
         """
         pipelines = self._keeper.pipelines()
         totals = [pipeline.clock.total() for pipeline in pipelines]
         seconds = {stage: sum(total[stage] for total in totals) for stage in StageClock.STAGES}
         images, now = sum(pipeline.images for pipeline in pipelines), time.monotonic()
         # A run that has ended takes its share of the totals with it.
-        new = {stage: max(0.0, seconds[stage] - self._seconds[stage]) for stage in seconds}
-        rate = max(0, images - self._images) / max(now - self._then, 1e-9)
-        self._then, self._images, self._seconds = now, images, seconds
+        passed = max(now - self._then, 1e-9)
+        rate = max(0, images - self._images) / passed
+        busy = max(0.0, seconds["model"] - self._model_seconds) / passed
+        self._then, self._images, self._model_seconds = now, images, seconds["model"]
         if not pipelines:
             return {}
         waiting = [pipeline.waiting() for pipeline in pipelines]
@@ -218,7 +218,7 @@ class Figures:
             "images_per_second": round(rate, 2),
             "encoded_waiting": sum(found["encoded"] for found in waiting),
             "ready_waiting": round(sum(found["ready"] for found in waiting), 2),
-            "idle_share": round(idle_share(new), 3),
+            "idle_share": round(max(0.0, 1 - busy), 3),
             "seconds": {stage: round(total, 3) for stage, total in seconds.items()},
         }
 

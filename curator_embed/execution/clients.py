@@ -175,15 +175,14 @@ def _wait(client: Client, config: ClusterConfig) -> None:
     """Until the first workers are there."""
     if len(client.nthreads()) >= config.wait_for_workers:
         return
-    look = config.where_to_look()
     tell(f"waiting for {config.wait_for_workers} worker{'s' * (config.wait_for_workers > 1)}; "
-         f"if none comes, look at {look}")  # fmt: skip
+         f"if none comes, look at {config.where_to_look()}")  # fmt: skip
     try:
         client.wait_for_workers(config.wait_for_workers, timeout=config.wait_seconds)
     except TimeoutError as error:
         raise CuratorEmbedError(
             f"{config.path}: {len(client.nthreads())} of {config.wait_for_workers} workers (wait_for_workers) came in "
-            f"{config.wait_seconds:g} seconds (wait_seconds). Look at {look}"
+            f"{config.wait_seconds:g} seconds (wait_seconds). Look at {config.where_to_look()}"
         ) from error
 
 

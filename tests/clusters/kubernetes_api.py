@@ -69,12 +69,14 @@ class Kubernetes:
         operator: whether anything happens when a DaskCluster is created.
         log: where the pods' output goes.
         asked: verb, API group and resource of each request: what a role has to allow.
-        stuck: the container state of scheduler pods that never run, for instance for an image that is not there.
+        stuck: the container state of pods that never run, for instance for an image that is not there.
+        stuck_component: which pods these are.
     """
 
     secrets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     operator: bool = True
     stuck: dict[str, Any] | None = None
+    stuck_component: str = "scheduler"
     has_crd: bool = True
     log: Path = Path(os.devnull)
     asked: set[tuple[str, str, str]] = field(default_factory=set)
@@ -107,9 +109,12 @@ class Kubernetes:
         """Start what should run and does not: what a Deployment does for its pod."""
         with self.lock:
             for name, pod in self.pods.items():
-                if self.stuck is None and (pod.process is None or pod.process.poll() is not None):
+                if self._runs(pod) and (pod.process is None or pod.process.poll() is not None):
                     pod.process = self._start(name, pod)
                     pod.starts += 1
+
+    def _runs(self, pod: Pod) -> bool:
+        return self.stuck is None or pod.component != self.stuck_component
 
     def _start(self, name: str, pod: Pod) -> subprocess.Popen[bytes]:
         [container] = pod.manifest["containers"]
@@ -155,8 +160,8 @@ class Kubernetes:
 
     def _pod(self, name: str, pod: Pod) -> dict[str, Any]:
         labels = {DASK: next(iter(self.clusters)), "dask.org/component": pod.component}
-        state = self.stuck or {"running": {}}
-        runs = self.stuck is None
+        runs = self._runs(pod)
+        state = {"running": {}} if runs else self.stuck
         return {
             "metadata": {"name": name, "namespace": "default", "labels": labels},
             "spec": pod.manifest,

@@ -251,6 +251,10 @@ def config(folder: Path, **settings: Any) -> Path:
     return path
 
 
+def tables(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+
+
 def test_a_run_survives_a_pod_that_dies_and_leaves_no_pod_behind(
     api: Callable[[Kubernetes], None], tmp_path: Path, wheel_photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +272,14 @@ def test_a_run_survives_a_pod_that_dies_and_leaves_no_pod_behind(
         victim = next(pod for name, pod in kubernetes.pods.items() if name.endswith("worker-0"))
         go = tmp_path / "go"
 
+        works = threading.Event()
+
         def interfere() -> None:
-            time.sleep(3)
+            for _ in range(600):
+                if any(tasks for address, tasks in client.processing().items() if victim.address in address):
+                    works.set()
+                    break
+                time.sleep(0.1)
             victim.kill()
             time.sleep(1)
             go.touch()
@@ -279,8 +289,11 @@ def test_a_run_survives_a_pod_that_dies_and_leaves_no_pod_behind(
         dataset = ImageTextPairDataset.from_webdataset(str(data), id_col="key")
         report = WaitingEmbedder(go)(dataset).save_metadata(str(tmp_path / "out")).to_dict()
         thread.join()
+        client.wait_for_workers(2, timeout=60)  # as many as at the start: a run settles its threads by them
+        WaitingEmbedder(go)(dataset).save_metadata(str(tmp_path / "undisturbed"))
+    assert tables(tmp_path / "out") == tables(tmp_path / "undisturbed") and len(tables(tmp_path / "out")) == 4
     assert report["embedded"] == 16 and report["read"] == report["embedded"] + report["failed"] + report["no_image"]
-    assert victim.starts >= 2
+    assert works.is_set() and victim.starts >= 2  # it had shards, and Kubernetes started it again
     assert not kubernetes.clusters and not kubernetes.pods  # closing the client removed them
     # The token was in the Secret and in the worker's environment, and in nothing that was sent to the API.
     assert "t0ken" not in json.dumps(kubernetes.created)
@@ -308,6 +321,18 @@ def test_an_image_that_cannot_be_pulled_ends_the_wait_and_says_so(
     api(kubernetes)
     with pytest.raises(CuratorEmbedError, match=r"within 3 s .*embed-scheduler: ImagePullBackOff: manifest"):
         read_cluster(config(tmp_path, wait_seconds=3)).start()
+    assert not kubernetes.clusters
+
+
+def test_workers_that_find_no_node_are_told_in_kubernetes_words(
+    api: Callable[[Kubernetes], None], tmp_path: Path
+) -> None:
+    kubernetes = Kubernetes(
+        stuck={"waiting": {"reason": "ErrImagePull", "message": "denied"}}, stuck_component="worker"
+    )
+    api(kubernetes)
+    with pytest.raises(CuratorEmbedError, match=r"pod curator-embed-default-worker-0: ErrImagePull: denied"):
+        get_client(config=config(tmp_path, wait_seconds=6))
     assert not kubernetes.clusters
 
 

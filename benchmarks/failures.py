@@ -318,7 +318,7 @@ def slow_worker(scene: Scene, factor: float = 50.0) -> dict[str, float]:
     check(report.shards["done"] == scene.shards, str(report))
     scene.check_output(output)
     without = scene.took * scene.workers / (scene.workers - 1 + 1 / factor)
-    limit = 1.5 * without + 16 * each + 5
+    limit = 1.5 * without + 24 * each + 5
     check(took < limit, f"{took:.1f} s, at most {limit:.1f} s")
     return {
         "seconds a shard on the slow worker": each,

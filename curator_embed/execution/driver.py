@@ -48,10 +48,11 @@ LOOK_EVERY_S = 1.0
 """How often the driver looks which workers there are."""
 STOP_EVERY_S = 0.2
 """How often it is looked whether the workers must be told to stop."""
-SLOW = 4.0
-"""A task that takes so many times what others took for as many shards gives back what it has not finished."""
+SLOW = 2.0
+"""A task that goes on for so many times what others took for as many shards, while threads have nothing to do, gives
+back what it has not finished."""
 SLOW_AFTER_S = 2.0
-"""No task is slow before that."""
+"""No task is slow before there has been a thread with nothing to do for so long."""
 RESULT_WITHIN_S = 60.0
 """A finished task's reports are fetched from its worker in this time, or the worker has died with them."""
 CLOSE_WITHIN_S = 30.0
@@ -71,14 +72,12 @@ class _Flight:
     """A task that Dask has been given.
 
     Attributes:
-        since: when it was handed in, on the monotonic clock.
         only_on: addresses it may run on; None for any.
         alone: the trial of a single shard that has its machine to itself.
     """
 
     future: Future[TaskReport]
     positions: tuple[int, ...]
-    since: float
     only_on: frozenset[str] | None = None
     alone: bool = False
 
@@ -117,6 +116,7 @@ class Driver:
         self._worked = False  # some worker has finished a task
         self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
         self._slow_tasks: list[str] = []  # to be asked for what they have not finished
+        self._idle_since: float | None = None  # since when there are threads with nothing to do
         self._avoid: dict[int, str] = {}  # shard -> the worker that was too slow for it
 
     def run(self, show: bool) -> None:
@@ -150,6 +150,8 @@ class Driver:
             finally:
                 with suppress(ValueError):  # a client that lost its scheduler has forgotten the topic
                     self.client.unsubscribe_topic(topic)
+                threads = max(self.workers.threads.values(), default=1)
+                self.report.threads |= {"read": threads, "write": threads, "decode": self.plan.job.decode_threads}
                 self.report.workers = max(1, self.workers.most)
                 self.report.workers_lost = self.workers.lost
                 self.report.worker_seconds = self.workers.seconds
@@ -282,15 +284,18 @@ class Driver:
 
     def _find_slow(self) -> list[str]:
         """Tasks of several shards that take far longer than others did, while there are threads with nothing to do."""
-        idle = sum(self.workers.fit.values()) - len(self._flights)
-        if self._waiting or idle <= 0 or len(self.workers.fit) < 2 or not self._paces:
+        now = time.monotonic()
+        if self._waiting or len(self._flights) >= sum(self.workers.fit.values()):
+            self._idle_since = None
             return []
-        usual, now = median(self._paces), time.monotonic()
+        self._idle_since = self._idle_since or now
+        if len(self.workers.fit) < 2 or not self._paces:
+            return []
+        usual, waited = median(self._paces), now - self._idle_since  # since then no task has waited for a thread
         return [
             key
             for key, flight in self._flights.items()
-            if len(flight.positions) > 1
-            and now - flight.since > max(SLOW_AFTER_S, SLOW * usual * len(flight.positions))
+            if len(flight.positions) > 1 and waited > max(SLOW_AFTER_S, SLOW * usual * len(flight.positions))
         ]
 
     def _submit(
@@ -303,7 +308,7 @@ class Driver:
         except RuntimeError as error:  # a closed client
             self._waiting.append(positions)
             raise SchedulerGone(str(error)) from None
-        self._flights[str(future.key)] = _Flight(future, positions, time.monotonic(), only_on, alone)
+        self._flights[str(future.key)] = _Flight(future, positions, only_on, alone)
         future.add_done_callback(self._finished.put)
 
     def _leave(self, shards: int) -> None:
@@ -359,7 +364,7 @@ class Driver:
         rest = [p for p, report in zip(flight.positions, task.shards, strict=True) if report is None]
         if rest and self._stopping():
             self._leave(len(rest))
-        elif rest:  # it was slow: one by one, to whoever is free
+        elif rest:  # the task was slow: one by one, to others
             self._waiting.extend((position,) for position in rest)
             self._avoid.update(dict.fromkeys(rest, task.worker))
         self.bar.set_postfix(failed=self.report.failed, refresh=False)

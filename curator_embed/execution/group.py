@@ -38,7 +38,7 @@ def run_group(
 
     Args:
         stopping: asked before each shard; once it says yes, those that are begun are finished and no other is.
-        giving_back: asked after each shard; once it says yes, the others are somebody else's, begun or not.
+        giving_back: asked after each shard; once it says yes, the rest is somebody else's, begun or not.
 
     Returns:
         As many entries as shards: a report each, None for those that were not worked on.
@@ -52,7 +52,7 @@ def run_group(
             reports[number] = run.finish()
 
     for number, shard in enumerate(shards):
-        if stopping() or (any(reports) and giving_back()):
+        if stopping() or giving_back():
             break
         run = ShardRun(job, shard, pipeline, limit)
         with _reporting(number, run, reports, pipeline):
@@ -65,7 +65,7 @@ def run_group(
         while len(waiting) > MAX_OPEN_SHARDS:
             finish()
     while waiting:
-        if any(reports) and giving_back():
+        if giving_back():
             waiting.popleft()[1].abandon()
         else:
             finish()

@@ -17,29 +17,17 @@ if TYPE_CHECKING:
 MAX_LISTED = 50
 """Notes and faults kept in a report; the rest is counted."""
 
-MODEL_BUSY = 0.8
-"""A model that runs for this part of the time or more is what the run waits for."""
-CROWDED = 0.3
-"""A queue that is this full on average holds up those who fill it."""
 
-
-def bottleneck(time: Mapping[str, float], idle_share: float, crowded: float) -> str:
-    """The stage that the others wait for.
+def bottleneck(loads: Mapping[str, float]) -> str:
+    """The stage whose threads have least time left: the others wait for it.
 
     Args:
-        time: busy seconds a stage.
-        idle_share: the part of the time in which the models waited, 0 to 1.
-        crowded: how full the queue of encoded images was, on average, 0 to 1.
-
-    Returns:
-        "model" where models hardly wait; else "decode" where images wait to be decoded; else whichever of "read" and
-        "write" takes longer: the same threads do both.
+        loads: per stage, the part of its threads' time in which they were busy, 0 to 1. "read" and "write" share
+            their threads.
     """
-    if time["model"] > 0 and idle_share <= 1 - MODEL_BUSY:
-        return "model"
-    if crowded >= CROWDED:
-        return "decode"
-    return "write" if time["write"] > time["read"] else "read"
+    shared = max(("read", "write"), key=lambda stage: loads[stage])
+    together = {"decode": loads["decode"], "model": loads["model"], shared: loads["read"] + loads["write"]}
+    return max(together, key=lambda stage: together[stage])
 
 
 @dataclass
@@ -54,6 +42,7 @@ class RunReport:
         wall_seconds: this run, from the first shard to the last.
         decoders: images of this run by what decoded them ("pillow", "dali").
         time: busy seconds a stage, summed over all threads of all workers; ``idle`` is how long models waited.
+        threads: of each stage, on one worker; "read" and "write" share theirs.
         queues: what waited between stages: ``encoded`` images for a decoder, ``ready`` batches for a model. ``waited``
             (integral over ``seconds``), ``filled`` (as part of the room) and ``most``, summed over workers.
         workers: Dask workers at a time, at most.
@@ -78,6 +67,7 @@ class RunReport:
     decoders: dict[str, int] = field(default_factory=dict)
     wall_seconds: float = 0.0
     time: dict[str, float] = field(default_factory=lambda: dict.fromkeys(StageClock.STAGES, 0.0))
+    threads: dict[str, int] = field(default_factory=lambda: {"read": 2, "decode": 1, "model": 1, "write": 2})
     queues: dict[str, dict[str, float]] = field(default_factory=dict)
     workers: int = 1
     workers_lost: int = 0
@@ -137,23 +127,29 @@ class RunReport:
     @property
     def bottleneck(self) -> str:
         """The stage that the others waited for; empty when nothing was done."""
-        return bottleneck(self.time, self.idle_share, self.waiting("encoded")["fill"]) if self.images_this_run else ""
+        return bottleneck(self.loads()) if self.images_this_run else ""
+
+    def loads(self) -> dict[str, float]:
+        """Per stage, the part of its threads' time in which they were busy, 0 to 1."""
+        total = self._all_seconds()
+        return {stage: self.time[stage] / (total * count) if total else 0.0 for stage, count in self.threads.items()}
 
     @property
     def idle_share(self) -> float:
         """The part of the workers' time in which their models did not run, 0 to 1; images on their way or not."""
-        total = self._all_seconds()
-        return max(0.0, 1 - self.time["model"] / total) if total > 0 else 0.0
+        return max(0.0, 1 - self.loads()["model"])
 
     def _all_seconds(self) -> float:
         return self.worker_seconds or self.wall_seconds * self.workers
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """Per stage: images a second of a thread's busy time, what waited before it, how much of its time it waited."""
+        """Per stage: its load, images a second of a thread's busy time, and what waited before it."""
         found: dict[str, dict[str, Any]] = {
-            stage: {"images_per_second": round(self.images_this_run / self.time[stage], 2) if self.time[stage] else 0.0}
-            for stage in StageClock.STAGES
-            if stage != "idle"
+            stage: {
+                "load": round(load, 3),
+                "images_per_second": round(self.images_this_run / self.time[stage], 2) if self.time[stage] else 0.0,
+            }
+            for stage, load in self.loads().items()
         }
         found["decode"]["waiting_images"] = self.waiting("encoded")
         found["model"]["waiting_batches"] = self.waiting("ready")

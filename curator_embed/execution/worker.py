@@ -290,7 +290,7 @@ def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None
     """The Dask task: run these shards on this worker's pipeline.
 
     Shards that were not begun when the worker was told to stop are left, and those that were not finished when the
-    task was asked to give them back; it finishes one at least.
+    task was asked to give them back.
 
     Raises:
         WorkerUnfit: this worker can do nothing for the run; another may.

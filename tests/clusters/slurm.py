@@ -1,4 +1,4 @@
-"""A Slurm of one node in a folder: munged, slurmctld and slurmd as plain processes, without systemd.
+"""A Slurm in a folder: munged, slurmctld and a slurmd for each node as plain processes, without systemd.
 
 What is needed is Debian's ``slurm-wlm`` and ``munge``, and root, because slurmd starts jobs as their owners.
 """
@@ -20,18 +20,17 @@ CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
-SlurmdPort={daemon}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge/socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -42,9 +41,9 @@ MpiDefault=none
 KillWait=2
 GresTypes=gpu
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=4000 Gres=gpu:2
-PartitionName=main Nodes={host} Default=YES MaxTime=01:00:00 State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=01:00:00 State=UP
 """
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=4000 Gres=gpu:2\n"
 
 
 def why_not() -> str | None:
@@ -57,23 +56,28 @@ def why_not() -> str | None:
 
 
 class Slurm:
-    """Starts it, stops it. ``environment`` is what its commands need."""
+    """Starts it, stops it. Its nodes are this machine, with one core and two GPUs each, as far as Slurm knows.
 
-    def __init__(self, folder: Path, cpus: int) -> None:
-        self.folder, self.cpus = folder, cpus
-        self.host = socket.gethostname().partition(".")[0]
+    Attributes:
+        environment: what its commands need.
+    """
+
+    def __init__(self, folder: Path, nodes: int) -> None:
+        self.folder = folder
+        self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Slurm:
-        for name in ("munge", "state", "spool"):
+        for name in ("munge", "state"):
             (self.folder / name).mkdir(mode=0o755)
         key = self.folder / "munge" / "key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        (self.folder / "slurm.conf").write_text(
-            CONFIG.format(folder=self.folder, host=self.host, cpus=self.cpus, controller=_port(), daemon=_port())
-        )
+        host = socket.gethostname().partition(".")[0]
+        nodes = "".join(NODE.format(name=name, host=host, port=_port()) for name in self.nodes)
+        text = CONFIG.format(folder=self.folder, host=host, controller=_port())
+        (self.folder / "slurm.conf").write_text(text.replace("PartitionName", f"{nodes}PartitionName"))
         # GPUs that are none: Slurm hands out these devices by number and never opens them.
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
         munge = {name: self.folder / "munge" / name for name in ("socket", "pid-file", "log-file", "seed-file")}
@@ -81,9 +85,9 @@ class Slurm:
         self._start("munged", "--foreground", "--force", f"--key-file={key}", *places)
         _until(munge["socket"].exists, "munged's socket", munge["log-file"])
         self._start("slurmctld", "-D", "-i")
-        self._start("slurmd", "-D", "-N", self.host)
-        _until(lambda: "idle" in self.run("sinfo", "--noheader", "--format=%t", check=False), "an idle node",
-               self.folder / "slurmctld.log")  # fmt: skip
+        for name in self.nodes:
+            self._start("slurmd", "-D", "-N", name)
+        _until(lambda: self.states() == ["idle"] * len(self.nodes), "idle nodes", self.folder / "slurmctld.log")
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -105,13 +109,17 @@ class Slurm:
         assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout + done.stderr
 
+    def states(self) -> list[str]:
+        """Of the nodes, as sinfo has them; nothing before the controller answers."""
+        return self.run("sinfo", "--Node", "--noheader", "--format=%t", check=False).split()
+
     def jobs(self) -> Mapping[int, str]:
         """State of every job that is not over, by number."""
         found = re.findall(r"^(\d+) (\S+)$", self.run("squeue", "--noheader", "--format=%A %T"), re.M)
         return {int(number): state for number, state in found}
 
     def _start(self, *command: str) -> None:
-        with (self.folder / f"{command[0]}.out").open("wb") as output:
+        with (self.folder / f"{command[0]}.out").open("ab") as output:
             self._processes.append(
                 subprocess.Popen(
                     command, env={**os.environ, **self.environment}, stdout=output, stderr=subprocess.STDOUT

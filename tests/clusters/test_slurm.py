@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,14 +20,16 @@ from tests.clusters.gate import wait_until
 from tests.clusters.losing import embed_and_kill
 from tests.clusters.slurm import Slurm, why_not
 from tests.conftest import REPO
+from tests.rows import table_rows
+from tests.shards import write_dataset
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """A node of two cores, so that two jobs of one core run at a time."""
-    with Slurm(tmp_path_factory.mktemp("slurm"), cpus=2) as started, pytest.MonkeyPatch.context() as patch:
+    """Two nodes of one core, so that two jobs of one core run at a time."""
+    with Slurm(tmp_path_factory.mktemp("slurm"), nodes=2) as started, pytest.MonkeyPatch.context() as patch:
         for name, value in started.environment.items():
             patch.setenv(name, value)
         yield started
@@ -65,7 +68,7 @@ def test_a_job_is_cancelled_in_the_middle_and_nothing_is_missing(
         assert list(slurm.jobs()) == [max(jobs)]
     wait_until(lambda: not slurm.jobs(), "the other job to be cancelled with the client")
     logs = [path.read_text() for path in (tmp_path / "logs").glob("curator-embed-*.out")]
-    assert [log.startswith("on ") for log in logs] == [True, True]
+    assert sorted(log.splitlines()[0] for log in logs) == ["on node1", "on node2"]
 
 
 def test_jobs_do_not_stay_in_the_queue_when_a_script_ends(slurm: Slurm, config: dict[str, Any], tmp_path: Path) -> None:
@@ -120,3 +123,79 @@ def test_a_job_with_gpus_is_given_them(slurm: Slurm, config: dict[str, Any], tmp
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert command[2].startswith("tcp://127.0.0.1:")
     assert (options["--nthreads"], options["--memory-limit"]) == ("2", "512.00MiB"), "two workers share the job"
+
+
+# -- a whole run in one job ------------------------------------------------------------------
+
+
+class WholeRun:
+    """examples/clusters/run.sbatch with a small model, submitted to both nodes."""
+
+    def __init__(self, slurm: Slurm, folder: Path, photos: list[Path]) -> None:
+        self.slurm, self.folder = slurm, folder
+        self.source = write_dataset(folder / "in", photos, shards=60, samples=10)
+        self.output = folder / "out"
+
+    def submit(self) -> int:
+        said = self.slurm.run(
+            "sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--mem=3000M", "--time=5",
+            f"--chdir={self.folder}", f"--output={self.folder}/log", str(REPO / "examples" / "clusters" / "run.sbatch"),
+            "embed", str(self.source), "--model", "test_resnet.r160_in1k", "--compile", "off", "--quiet",
+            "--output", str(self.output),
+            PYTHON=sys.executable, PYTHONPATH=str(REPO), WORKERS_PER_NODE="1", INTERFACE="lo",
+        )  # fmt: skip
+        return int(said)
+
+    def in_the_middle(self) -> None:
+        wait_until(lambda: len(list(self.output.glob("*.parquet"))) > 5, f"shards to be written: {self.log()}")
+
+    def ended(self, job: int) -> dict[str, str]:
+        wait_until(lambda: job not in self.slurm.jobs(), f"the job to end: {self.log()}")
+        return dict(re.findall(r"(\w+)=(\S+)", self.slurm.run("scontrol", "show", "job", str(job))))
+
+    def log(self) -> str:
+        path = self.folder / "log"
+        return path.read_text() if path.exists() else ""
+
+    def assert_complete(self) -> None:
+        rows = table_rows(self.output)
+        assert len(rows) == 660 and sum(row["image_embedding"] is not None for row in rows.values()) == 600
+        assert {row["image_error"] for row in rows.values()} == {None, "no_image"}
+        assert not list(self.folder.glob(".curator-embed-*")), "the scheduler's file is tidied away"
+
+
+@pytest.fixture
+def whole_run(slurm: Slurm, tmp_path: Path, wheel_photos: list[Path]) -> WholeRun:
+    return WholeRun(slurm, tmp_path, wheel_photos)
+
+
+def test_a_run_in_one_job_outlives_a_node(slurm: Slurm, whole_run: WholeRun) -> None:
+    job = whole_run.submit()
+    whole_run.in_the_middle()
+    (head,) = re.findall(r"BatchHost=(\w+)", slurm.run("scontrol", "show", "job", str(job)))
+    (other,) = {"node1", "node2"} - {head}
+    slurm.run("scontrol", "update", f"nodename={other}", "state=down", "reason=test")
+    try:
+        ended = whole_run.ended(job)
+    finally:
+        slurm.run("scontrol", "update", f"nodename={other}", "state=resume", check=False)  # or it is back already
+        wait_until(lambda: slurm.states() == ["idle", "idle"], "the node to be back")
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), whole_run.log()
+    whole_run.assert_complete()
+
+
+def test_a_run_in_one_job_that_is_out_of_time_goes_on_when_it_is_submitted_again(
+    slurm: Slurm, whole_run: WholeRun
+) -> None:
+    job = whole_run.submit()
+    whole_run.in_the_middle()
+    slurm.run("scancel", "--batch", "--signal=TERM", str(job))  # what --signal=B:TERM@120 does
+    ended = whole_run.ended(job)
+    assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "3:0"), whole_run.log()
+    assert "stopped as asked with" in whole_run.log()
+    done = {path.name: path.stat().st_mtime_ns for path in whole_run.output.glob("*.parquet")}
+    assert 5 < len(done) < 60
+    ended = whole_run.ended(whole_run.submit())
+    assert (ended["JobState"], ended["ExitCode"]) == ("COMPLETED", "0:0"), whole_run.log()
+    whole_run.assert_complete()
+    assert all((whole_run.output / name).stat().st_mtime_ns == when for name, when in done.items()), "worked on twice"

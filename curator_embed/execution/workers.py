@@ -6,7 +6,6 @@ Questions are put to workers here; what they are given to do is the driver's bus
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import dask
+from dask.system import cpu_count
 from dask.utils import parse_timedelta
 from distributed import Client
 from distributed.comm.addressing import get_address_host
@@ -94,8 +94,8 @@ def cores_per_worker(client: Client) -> int:
 
 
 def _host_and_cores() -> tuple[str, int]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return socket.gethostname(), cores
+    # Dask's count knows the CPU limit of a container, which the affinity of a process does not show.
+    return socket.gethostname(), cpu_count()
 
 
 class Workers:

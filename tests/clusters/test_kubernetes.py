@@ -20,6 +20,7 @@ from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import CuratorEmbedError, MissingExtra, UsageError
 from curator_embed.execution.clusters import read_cluster
 from curator_embed.execution.clusters.kubernetes import KubernetesConfig, memory_bytes, pod_problem
+from curator_embed.execution.workers import cores_per_worker
 from tests.clusters.kubernetes_api import Kubernetes, serving
 from tests.conftest import REPO
 from tests.shards import write_dataset
@@ -297,6 +298,16 @@ def test_a_run_survives_a_pod_that_dies_and_leaves_no_pod_behind(
     assert not kubernetes.clusters and not kubernetes.pods  # closing the client removed them
     # The token was in the Secret and in the worker's environment, and in nothing that was sent to the API.
     assert "t0ken" not in json.dumps(kubernetes.created)
+
+
+def test_a_worker_has_the_cores_of_its_pods_limit_not_of_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dask.system.os.sched_getaffinity", lambda _: set(range(96)))
+    monkeypatch.setattr("dask.system.os.process_cpu_count", lambda: 96, raising=False)
+    monkeypatch.setattr("dask.system.psutil", None)
+    with get_client("cpu") as client:
+        assert cores_per_worker(client) == 96
+        monkeypatch.setattr("dask.system._try_extract_cgroup_cpu_quota", lambda: (800_000, 100_000))  # cpu: 8
+        assert cores_per_worker(client) == 8
 
 
 def test_a_name_that_is_taken_is_not_connected_to(api: Callable[[Kubernetes], None], tmp_path: Path) -> None:

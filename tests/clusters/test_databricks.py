@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,7 +57,6 @@ def test_closing_the_client_leaves_the_databricks_cluster_running(tmp_path: Path
 
 
 def test_outside_of_databricks_the_error_says_where_it_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("dask_databricks", reason="needs the extra: databricks")
     monkeypatch.delenv("SPARK_LOCAL_IP", raising=False)
     path = config(tmp_path)
     with pytest.raises(UsageError, match="SPARK_LOCAL_IP") as raised:
@@ -86,7 +86,8 @@ def test_a_driver_without_the_init_script_is_told_of_it(tmp_path: Path, monkeypa
 
 
 def test_without_the_package_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "dask_databricks", None)
+    monkeypatch.setenv("SPARK_LOCAL_IP", DRIVER)
+    monkeypatch.setitem(sys.modules, "dask_databricks", None)
     with pytest.raises(MissingExtra, match=r"curator-embed\[databricks\]"):
         read_cluster(config(tmp_path)).start()
 

@@ -46,6 +46,12 @@ class DatabricksConfig(ClusterConfig):
         Returns:
             A ``dask_databricks.DatabricksCluster``; closing it leaves the Databricks cluster as it is.
         """
+        address = os.environ.get("SPARK_LOCAL_IP")
+        if address is None:
+            raise UsageError(
+                f"{self.path}: cluster: databricks works on the driver node of a Databricks cluster, in a notebook or "
+                "a job; here SPARK_LOCAL_IP is not set. Elsewhere use another kind of cluster"
+            )
         _begin_spark_session()
         try:
             from dask_databricks import DatabricksCluster
@@ -53,11 +59,6 @@ class DatabricksConfig(ClusterConfig):
             raise MissingExtra("dask-databricks", "databricks", f"{self.path}: cluster: databricks") from error
         try:
             return DatabricksCluster()
-        except KeyError as error:
-            raise UsageError(
-                f"{self.path}: cluster: databricks works on the driver node of a Databricks cluster, in a notebook or "
-                "a job; here SPARK_LOCAL_IP is not set. Elsewhere use another kind of cluster"
-            ) from error
         except (OSError, TimeoutError) as error:
             if "local[" in os.environ.get("MASTER", ""):
                 raise UsageError(
@@ -65,7 +66,7 @@ class DatabricksConfig(ClusterConfig):
                     "with 'gpus_per_node', or give it workers"
                 ) from error
             raise CuratorEmbedError(
-                f"{self.path}: no Dask scheduler answers at {os.environ['SPARK_LOCAL_IP']}:{SCHEDULER_PORT} "
+                f"{self.path}: no Dask scheduler answers at {address}:{SCHEDULER_PORT} "
                 f"({error}). The cluster's init script starts it with 'dask databricks run': see that it is set, and "
                 "its log in the folder init_scripts of the cluster's logs"
             ) from error

@@ -43,6 +43,10 @@ OPTIONAL = (
     ("s3fs", "s3fs", "s3", "datasets on S3"),
     ("gcsfs", "gcsfs", "gcs", "datasets on Google Cloud Storage"),
     ("adlfs", "adlfs", "azure", "datasets on Azure"),
+    ("dask-jobqueue", "dask_jobqueue", "clusters", "clusters of Slurm, PBS and LSF"),
+    ("asyncssh", "asyncssh", "clusters", "clusters of machines reached by SSH"),
+    ("dask-kubernetes", "dask_kubernetes", "kubernetes", "clusters on Kubernetes"),
+    ("dask-databricks", "dask_databricks", "databricks", "clusters on Databricks"),
     ("ipywidgets", "ipywidgets", "notebook", "progress bars in notebooks"),
 )
 

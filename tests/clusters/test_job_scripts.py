@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import pytest
 from curator_embed import get_client
 from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.clusters import read_cluster
+from tests.conftest import REPO
+from tests.rows import table_rows
+from tests.shards import write_dataset
 
 pytest.importorskip("dask_jobqueue", reason="needs the extra: clusters")
 
@@ -158,3 +163,28 @@ def test_what_sshcluster_is_told() -> None:
     told = plain.arguments()
     assert told["hosts"] == ["login", "a"] and told["worker_class"] == "distributed.Nanny"
     assert told["worker_options"] == {"nthreads": 2, "memory_limit": 0.25, "n_workers": 4}
+
+
+@pytest.mark.slow
+def test_a_whole_run_in_one_pbs_job(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    """There is no PBS here: its pbsdsh is a script that starts two processes, which get none of this environment."""
+    write_dataset(tmp_path / "in", wheel_photos, shards=6, samples=5)
+    pbsdsh = tmp_path / "bin" / "pbsdsh"
+    pbsdsh.parent.mkdir()
+    pbsdsh.write_text('#!/bin/sh\nshift\ncd /\nenv -i "$@" & env -i "$@" & wait\n')
+    pbsdsh.chmod(0o755)
+    command = f"embed in --model test_resnet.r160_in1k --compile off --quiet --output {tmp_path}/out"
+    job = {
+        "PBS_O_WORKDIR": str(tmp_path), "PBS_JOBID": "12.server", "ARGUMENTS": command, "PYTHON": sys.executable,
+        "PYTHONPATH": str(REPO), "PATH": f"{pbsdsh.parent}:{os.environ['PATH']}", "INTERFACE": "lo",
+        "WORKERS_PER_NODE": "1", "MEMORY_PER_WORKER": "3GiB", "DASK_LOGGING__DISTRIBUTED": "info",
+    }  # fmt: skip
+    script = REPO / "examples" / "clusters" / "run.pbs"
+    done = subprocess.run(
+        [str(script)], cwd="/", env={**os.environ, **job}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Register worker addr") == 2
+    rows = table_rows(tmp_path / "out")
+    assert len(rows) == 36 and sum(row["image_embedding"] is not None for row in rows.values()) == 30
+    assert not list(tmp_path.glob(".curator-embed-*"))

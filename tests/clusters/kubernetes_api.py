@@ -24,7 +24,9 @@ from urllib.parse import parse_qs, urlsplit
 
 DASK = "dask.org/cluster-name"
 OF_DASK = "/apis/kubernetes.dask.org/v1"
-_ADDRESSES = (f"127.44.{number // 250}.{number % 250 + 1}" for number in count())
+# All of 127.0.0.0/8 is this machine's: addresses for this process, whatever else is tested at the same time.
+NETWORK = f"127.{40 + os.getpid() % 200}"
+_ADDRESSES = (f"{NETWORK}.{number // 250}.{number % 250 + 1}" for number in count())
 _ITEM = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/v1/namespaces/[^/]+/(?P<kind>[a-z]+)(?:/(?P<name>[^/]+))?(?:/status)?"
 )

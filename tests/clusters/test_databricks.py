@@ -13,10 +13,11 @@ from curator_embed import get_client
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import CuratorEmbedError, MissingExtra, UsageError
 from curator_embed.execution.clusters import read_cluster
+from tests.clusters.kubernetes_api import NETWORK
 from tests.shards import write_dataset
 from tests.stub import ColourEmbedder
 
-DRIVER = "127.43.0.1"  # all of 127.0.0.0/8 is this machine's: a port of its own whatever else runs on 8786
+DRIVER = f"{NETWORK}.251.1"  # port 8786 of an address of its own
 
 
 @pytest.fixture
@@ -76,11 +77,12 @@ def test_a_driver_without_the_init_script_is_told_of_it(tmp_path: Path, monkeypa
     pytest.importorskip("dask_databricks", reason="needs the extra: databricks")
     import dask
 
-    monkeypatch.setenv("SPARK_LOCAL_IP", "127.43.0.2")
+    nobody = f"{NETWORK}.251.2"
+    monkeypatch.setenv("SPARK_LOCAL_IP", nobody)
     monkeypatch.delenv("MASTER", raising=False)
     with (
         dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
-        pytest.raises(CuratorEmbedError, match=r"127\.43\.0\.2:8786.*init script"),
+        pytest.raises(CuratorEmbedError, match=f"{nobody}:8786.*init script"),
     ):
         read_cluster(config(tmp_path)).start()
 

@@ -21,13 +21,13 @@ from distributed import Client, LocalCluster
 from curator_embed.execution.clusters import read_cluster
 from curator_embed.execution.clusters.databricks import DatabricksConfig
 from curator_embed.execution.clusters.kubernetes import KubernetesConfig
-from tests.clusters.kubernetes_api import Kubernetes, serving
+from tests.clusters.kubernetes_api import NETWORK, Kubernetes, serving
 from tests.conftest import REPO
 from tests.shards import write_dataset
 
 DEPLOY = REPO / "examples" / "deploy"
 MODULES = sorted({path.parent for path in DEPLOY.rglob("*.tf")})
-DRIVER = "127.43.1.1"  # a driver node's address: all of 127.0.0.0/8 is this machine's
+DRIVER = f"{NETWORK}.252.1"  # a driver node's address
 WHEEL = "curator_embed-0.1.0-py3-none-any.whl"
 
 needs_terraform = pytest.mark.skipif(shutil.which("terraform") is None, reason="terraform is not on the PATH")

@@ -5,7 +5,6 @@ Pillow's resampling is the reference; torch's uint8 kernel computes the same sev
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -156,6 +155,14 @@ def _pixels(rgb: Image.Image) -> Pixels:
     return np.frombuffer(exported.buffers()[-1], dtype=np.uint8).reshape(rgb.height, rgb.width, 4)
 
 
+class _Writable:
+    """Says of an array that it may be written: torch warns of read-only memory, though its kernels only read it."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        interface = pixels.__array_interface__
+        self.pixels, self.__array_interface__ = pixels, {**interface, "data": (interface["data"][0], False)}
+
+
 def _reach(axis: Axis) -> int:
     """How many resized pixels torch must compute: it can stop early but not start late.
 
@@ -177,9 +184,7 @@ def _resample(pixels: Pixels, todo: Plan, interpolation: str) -> Pixels:
         pixels = pixels[:rows]
     if horizontal.unchanged:
         pixels = np.ascontiguousarray(pixels[:, :columns])  # torch would do it on several threads
-    # torch warns about read-only memory, which Pillow's is here; the kernel only reads.
-    memory = (ctypes.c_uint8 * pixels.size).from_address(pixels.ctypes.data)
-    image = torch.frombuffer(memory, dtype=torch.uint8).view(1, *pixels.shape).permute(0, 3, 1, 2)
+    image = torch.from_numpy(np.asarray(_Writable(pixels)))[None].permute(0, 3, 1, 2)
     upright, across = vertical.resized / vertical.source, horizontal.resized / horizontal.source
     second = horizontal if todo.vertical_first else vertical
     pillow_finishes = interpolation == "bilinear" and not second.unchanged and second.scale < _FEW_TAPS

@@ -66,6 +66,7 @@ def decode(encoded: bytes, limits: Limits = DEFAULT_LIMITS, *, honour_exif: bool
         image = factory(io.BytesIO(encoded), "")
         stored_as = image.format or ""
         _check_size(image.size, limits)
+        image.decodermaxblock = len(encoded)  # else Pillow hands its decoder 64 KB at a time
         image.load()
         _check_size(image.size, limits)  # an icon's size is only known once it is decoded
         if honour_exif:

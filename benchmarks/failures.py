@@ -181,14 +181,16 @@ def undisturbed(scene: Scene) -> dict[str, float]:
     }
 
 
-def kills(scene: Scene, every: tuple[float, float] = (3.0, 6.0), seed: int = 5) -> dict[str, float]:
+def kills(
+    scene: Scene, every: tuple[float, float] = (3.0, 6.0), at_most: int = 1000, seed: int = 5
+) -> dict[str, float]:
     """Workers get SIGKILL at random moments, one at a time."""
     chosen, over, killed = random.Random(seed), threading.Event(), []
     output = scene.scratch / "kills"
     with scene.cluster() as client:
 
         def kill() -> None:
-            while not over.wait(chosen.uniform(*every)):
+            while len(killed) < at_most and not over.wait(chosen.uniform(*every)):
                 alive = [nanny.pid for nanny in client.cluster.workers.values() if nanny.pid is not None]
                 if alive:
                     killed.append(chosen.choice(alive))
@@ -231,7 +233,7 @@ class OwnCluster:
         """Start the scheduler, always at the same address, and the workers."""
         self._spawn("dask_scheduler", "--host", "127.0.0.1", "--port", str(self.port), "--no-dashboard")
         for _ in range(self.workers):
-            self._spawn("dask_worker", self.address, "--nthreads", "2", "--no-dashboard", "--death-timeout", "30")
+            self._spawn("dask_worker", self.address, "--nthreads", "2", "--no-dashboard", "--no-nanny")
 
     def _spawn(self, program: str, *arguments: str) -> None:
         command = [sys.executable, "-m", f"distributed.cli.{program}", *arguments]
@@ -243,11 +245,11 @@ class OwnCluster:
         self.processes[0].kill()
 
     def end(self) -> None:
-        """End what is left of it; workers without a scheduler go by themselves, given time."""
+        """Kill what is left of it; without its scheduler a worker finishes what it has before it goes."""
         for process in self.processes:
-            process.terminate()
+            process.kill()
         for process in self.processes:
-            process.wait(60)
+            process.wait()
         self.processes.clear()
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from statistics import median
@@ -117,6 +118,7 @@ class Driver:
         self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
         self._slow_tasks: list[str] = []  # to be asked for what they have not finished
         self._idle_since: float | None = None  # since when there are threads with nothing to do
+        self._told_of_absence = 0.0  # when the absence began that was told of
         self._avoid: dict[int, str] = {}  # shard -> the worker that was too slow for it
 
     def run(self, show: bool) -> None:
@@ -249,11 +251,11 @@ class Driver:
                     self._died_alone(flight.positions[0], 1)
                 else:
                     self._again(flight)
-        since = self.workers.absent_since
-        if since is not None:
-            self._wait_for_workers(time.monotonic() - since)
+        if self.workers.absent_since is not None:
+            self._wait_for_workers(self.workers.absent_since)
 
-    def _wait_for_workers(self, waited: float) -> None:
+    def _wait_for_workers(self, since: float) -> None:
+        waited = time.monotonic() - since
         if waited >= patience():
             self.report.ended = (
                 f"the Dask cluster at {scheduler_address(self.client)} lost its last worker, and none came back within "
@@ -261,7 +263,8 @@ class Driver:
                 f"there, or wait longer with Dask's setting {WAIT_KEY}"
             )
             return
-        if waited == 0:
+        if since != self._told_of_absence:
+            self._told_of_absence = since
             log.warning("no worker is left; waiting %.0f s for one to come", patience())
         self.bar.set_postfix_str(f"no worker is left, waiting {waited:.0f} of {patience():.0f} s")
 
@@ -333,24 +336,25 @@ class Driver:
         if future.status == "cancelled":
             raise SchedulerGone("it went away or was restarted")
         del self._flights[str(future.key)]
-        try:
-            if future.status == "error":
-                error = future.exception()
-                if isinstance(error, KilledWorker):
-                    self._after_deaths(flight, error.allowed_failures + 1)
-                elif isinstance(error, WorkerUnfit):
-                    self._after_refusal(flight, error)
-                else:
-                    assert error is not None
-                    raise error.with_traceback(future.traceback())
-                return
-            task = future.result(timeout=RESULT_WITHIN_S)
-        except TimeoutError:  # of the fetch: the worker died with the reports; finished shards are found done
-            self._again(flight)
+        if future.status == "error":
+            error = future.exception()
+            if isinstance(error, KilledWorker):
+                self._after_deaths(flight, error.allowed_failures + 1)
+            elif isinstance(error, WorkerUnfit):
+                self._after_refusal(flight, error)
+            else:
+                assert error is not None
+                raise error.with_traceback(future.traceback())
             return
+        try:
+            task = future.result(timeout=RESULT_WITHIN_S)
+        except (CancelledError, OSError):
+            # The worker, or the scheduler, died with the reports; finished shards are found done.
+            self._again(flight)
+        else:
+            self._count(flight, task)
         finally:
             future.release()
-        self._count(flight, task)
 
     def _count(self, flight: _Flight, task: TaskReport) -> None:
         done = [report for report in task.shards if report is not None]

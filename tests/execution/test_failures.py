@@ -1,0 +1,316 @@
+"""Workers that die, come, leave, hang behind or cannot do the job, and a scheduler that goes: what a run makes of it.
+
+The scenes are those of benchmarks/failures.py, small; they assert their outcomes themselves.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dask
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster, get_worker
+
+from benchmarks import failures
+from benchmarks.failures import Scene
+from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.execution import driver, workers
+from curator_embed.execution.pipeline import Gauge
+from curator_embed.execution.report import RunReport, bottleneck
+from curator_embed.execution.run import RunStopped
+from curator_embed.execution.worker import METRICS, PipelineKeeper
+from curator_embed.steps import BatchModel
+from tests.command import REPO
+from tests.shards import write_dataset
+from tests.stub import ColourEmbedder, ColourModel
+
+
+class SharedScene(Scene):
+    """Runs on one cluster of processes that all scenes share; workers that were killed have come back."""
+
+    client: Client
+
+    @contextmanager
+    def cluster(self) -> Iterator[Client]:
+        self.client.wait_for_workers(self.workers)
+        self.client.run(failures.import_everything)
+        yield self.client
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):  # the first death makes suspects
+        cluster = LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0")
+    with cluster, Client(cluster) as client:
+        made = SharedScene(tmp_path_factory.mktemp("failures"), shards=48, workers=2, pause=0.02)
+        made.client = client
+        made.prepare()
+        yield made
+
+
+def test_killed_workers_cost_only_time(scene: Scene) -> None:
+    assert failures.kills(scene, every=(0.1, 0.3), at_most=2)["workers killed"] == 2
+
+
+def test_a_shard_that_kills_its_workers_is_set_aside_and_no_other(scene: Scene) -> None:
+    assert failures.killer(scene)["workers seen to die"] >= 2
+
+
+def test_nobody_waits_for_a_slow_shard(scene: Scene) -> None:
+    failures.slow_shard(scene, factor=10)
+
+
+def test_a_slow_worker_gives_back_what_it_has_not_finished(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "SLOW_AFTER_S", 0.3)
+    given_back: list[int] = []
+    count = driver.Driver._count
+
+    def counting(self: Any, flight: Any, task: Any) -> None:
+        given_back.append(task.shards.count(None))
+        count(self, flight, task)
+
+    monkeypatch.setattr(driver.Driver, "_count", counting)
+    failures.slow_worker(scene, factor=5)
+    assert sum(given_back) > 0
+
+
+def test_a_run_goes_on_where_a_dead_scheduler_left_it(scene: Scene) -> None:
+    figures = failures.scheduler(scene)
+    assert figures["seconds until the run ended"] < 10
+    assert figures["shards finished before / all"] < 1
+
+
+def test_every_heartbeat_carries_what_a_worker_does(scene: Any, tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.1):
+            found = scene.client.scheduler_info(n_workers=-1)["workers"].values()
+            seen.extend(worker["metrics"][METRICS] for worker in found if worker["metrics"].get(METRICS))
+
+    with scene.cluster():
+        thread = threading.Thread(target=look)
+        thread.start()
+        report = failures.embed(scene.folder, tmp_path / "out", failures.Troubled(pause=0.2))
+        over.set()
+        thread.join()
+    assert max(figures["images"] for figures in seen) > 0
+    assert max(figures["images_per_second"] for figures in seen) > 0
+    assert max(figures["encoded_waiting"] for figures in seen) > 0
+    assert max(figures["seconds"]["decode"] for figures in seen) > 0
+    assert all(0 <= figures["idle_share"] <= 1 for figures in seen)
+    told = report.to_dict()
+    assert told["bottleneck"] == report.bottleneck == "decode"
+    assert told["stages"]["decode"]["load"] > 0.5 > told["stages"]["model"]["load"]
+    assert told["stages"]["decode"]["waiting_images"]["most"] > 4 > told["stages"]["decode"]["waiting_images"]["fill"]
+    assert told["stages"]["model"]["idle_share"] > 0.5
+    assert "bottleneck     decode (the model waited" in str(report)
+
+
+@pytest.mark.slow
+def test_at_scale() -> None:
+    command = [sys.executable, "-m", "benchmarks.failures", "--shards", "2000"]
+    subprocess.run(command, cwd=REPO, check=True, timeout=1500)
+
+
+# -- workers that come, leave and differ: threads of this process, which come at once -----------
+
+
+@pytest.fixture
+def nobody() -> Iterator[LocalCluster]:
+    """A cluster without workers, whose client is the default one."""
+    options = {"processes": False, "threads_per_worker": 2, "dashboard_address": ":0"}
+    with LocalCluster(n_workers=0, **options) as cluster, Client(cluster):
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, wheel_photos: list[Path]) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("source") / "in", wheel_photos, shards=12, samples=4)
+
+
+class OnWorkers(ColourEmbedder):
+    """Notes which workers it ran on, and does there what it is told."""
+
+    ran_on: set[str]
+    does: Callable[[str], None]
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).ran_on = set()
+
+    def settled(self, **settings: Any) -> OnWorkers:
+        return self
+
+
+class Pausing(OnWorkers):
+    """Takes its time, so that workers can come and go."""
+
+    def prepare(self, image: Any) -> Any:
+        time.sleep(0.1)
+        return super().prepare(image)
+
+    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        Pausing.ran_on.add(get_worker().address)
+        return super().load_model(device, threads)
+
+
+def later(seconds: float, do: Callable[[], Any]) -> threading.Timer:
+    timer = threading.Timer(seconds, do)
+    timer.start()
+    return timer
+
+
+def save(step: ColourEmbedder, source: Path, output: Path) -> RunReport:
+    return step(ImageTextPairDataset.from_webdataset(str(source))).save_metadata(str(output), progress=False)
+
+
+def test_a_run_waits_for_its_first_worker_and_takes_in_those_that_join(
+    nobody: LocalCluster,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(workers, "TELL_AFTER_S", 0.1)
+    monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
+    step = Pausing()
+    timers = [later(0.5, lambda: nobody.scale(1)), later(1.0, lambda: nobody.scale(3))]
+    report = save(step, source, tmp_path / "out")
+    [timer.join() for timer in timers]
+    assert "waiting for the first worker of the Dask cluster at inproc://" in caplog.text
+    assert report.shards["done"] == 12 and report.workers == 3
+    assert len(Pausing.ran_on) == 3
+
+
+def test_a_run_outlives_its_last_worker(
+    nobody: LocalCluster,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
+    nobody.scale(1)
+    timers = [later(0.6, lambda: nobody.scale(0)), later(1.2, lambda: nobody.scale(1))]
+    report = save(Pausing(), source, tmp_path / "out")
+    [timer.join() for timer in timers]
+    assert report.shards == {"done": 12, "skipped": 0, "failed": 0, "left": 0}
+    assert report.workers_lost >= 1
+    assert "no worker is left" in caplog.text
+
+
+def test_a_run_whose_workers_do_not_come_back_ends_with_a_remedy(
+    nobody: LocalCluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
+    nobody.scale(1)
+    timer = later(0.6, lambda: nobody.scale(0))
+    with dask.config.set({workers.WAIT_KEY: "500ms"}), pytest.raises(RunStopped, match=workers.WAIT_KEY) as stopped:
+        save(Pausing(), source, tmp_path / "out")
+    timer.join()
+    report = stopped.value.report
+    assert report.shards["left"] > 0
+    assert report.shards["done"] + report.shards["left"] == 12
+    assert report.to_dict()["ended"] == str(stopped.value)
+
+
+class NoModelOnOne(Pausing):
+    """Its model can be loaded on all workers but the first."""
+
+    bad: str = ""
+
+    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        if get_worker().address in self.bad:
+            raise RuntimeError("no GPU here")
+        return super().load_model(device, threads)
+
+
+class Breaking(ColourModel):
+    """Breaks down at its second batch."""
+
+    def __call__(self, images: Sequence[Any]) -> np.ndarray:
+        if self.batches:
+            raise RuntimeError("the GPU fell off the bus")
+        return super().__call__(images)
+
+
+class BreaksOnOne(Pausing):
+    """Its model breaks down on the first worker."""
+
+    bad: str = ""
+
+    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        whole = super().load_model(device, threads)
+        return Breaking(whole.batch_size) if get_worker().address in self.bad else whole
+
+
+@pytest.mark.parametrize("step", [NoModelOnOne(), BreaksOnOne()], ids=["cannot load", "breaks down"])
+def test_a_worker_that_cannot_do_the_job_is_left_out(
+    step: Any, nobody: LocalCluster, source: Path, tmp_path: Path
+) -> None:
+    nobody.scale(2)
+    Client.current().wait_for_workers(2)
+    step.bad = min(Client.current().nthreads())
+    report = save(step, source, tmp_path / "out")
+    assert report.shards["done"] == 12 and report.read == report.embedded + report.no_image
+    assert any(step.bad in note and "RuntimeError" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("step", [NoModelOnOne(), BreaksOnOne()], ids=["cannot load", "breaks down"])
+def test_what_no_worker_can_do_is_the_jobs_own_error(
+    step: Any, nobody: LocalCluster, source: Path, tmp_path: Path
+) -> None:
+    nobody.scale(2)
+    Client.current().wait_for_workers(2)
+    step.bad = " ".join(Client.current().nthreads())
+    with pytest.raises(RuntimeError, match=r"no GPU here|fell off the bus") as error:
+        save(step, source, tmp_path / "out")
+    assert "load_model" in "".join(error.value.__notes__) or "__call__" in "".join(error.value.__notes__)
+
+
+def test_a_keeper_answers_heartbeats_when_nothing_runs(nobody: LocalCluster) -> None:
+    nobody.scale(1)
+    Client.current().wait_for_workers(1)
+
+    def ask(dask_worker: Any) -> Any:
+        PipelineKeeper.of(dask_worker)
+        return dask_worker.metrics[METRICS](dask_worker)
+
+    assert list(Client.current().run(ask).values()) == [{}]
+
+
+# -- figures ------------------------------------------------------------------------------------
+
+
+def test_a_gauge_weighs_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    gauge = Gauge()
+    for moment, level in ((1.0, 4.0), (3.0, 1.0)):
+        now[0] = moment
+        gauge.move(level, level / 4)
+    now[0] = 5.0
+    assert gauge.take() == {"seconds": 5.0, "waited": 10.0, "filled": 2.5, "most": 4.0}
+    now[0] = 7.0
+    assert gauge.take() == {"seconds": 2.0, "waited": 2.0, "filled": 0.5, "most": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("read", "decode", "model", "write", "found"),
+    [(0.1, 0.5, 0.9, 0.1, "model"), (0.3, 0.9, 0.5, 0.1, "decode"), (0.6, 0.8, 0.2, 0.3, "read"),
+     (0.3, 0.8, 0.2, 0.6, "write"), (0.1, 0.4, 0.0, 0.1, "decode")],
+)  # fmt: skip
+def test_the_bottleneck_is_where_least_time_is_left(
+    read: float, decode: float, model: float, write: float, found: str
+) -> None:
+    assert bottleneck({"read": read, "decode": decode, "model": model, "write": write}) == found

@@ -71,23 +71,29 @@ def test_a_job_is_cancelled_in_the_middle_and_nothing_is_missing(
     assert sorted(log.splitlines()[0] for log in logs) == ["on node1", "on node2"]
 
 
-def test_jobs_do_not_stay_in_the_queue_when_a_script_ends(slurm: Slurm, config: dict[str, Any], tmp_path: Path) -> None:
-    script = (
-        "import json, subprocess, sys; from curator_embed import get_client\n"
-        "get_client(config=json.loads(sys.argv[1]))\n"
-        "print(subprocess.run(['squeue', '--noheader', '--format=%T'], stdout=-1, text=True).stdout)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(config)],
+SCRIPT = (
+    "import json, subprocess, sys; from curator_embed import get_client\n"
+    "client = get_client(config=json.loads(sys.argv[1]))\n"
+    "print(*subprocess.run(['squeue', '--noheader', '--format=%T'], stdout=-1, text=True).stdout.split(), flush=True)\n"
+)
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["ends", "is killed"])
+def test_jobs_do_not_stay_when_their_script(slurm: Slurm, config: dict[str, Any], killed: bool) -> None:
+    """One that ends cancels them; without the scheduler of one that was killed they end by themselves."""
+    script = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT + "sys.stdin.read()", json.dumps(config)],
         env={**os.environ, "PYTHONPATH": str(REPO)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["RUNNING", "RUNNING"]
-    assert "dashboard: http://127.0.0.1:" in done.stderr
-    wait_until(lambda: not slurm.jobs(), "the queue to be empty", 20)
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert script.stdout is not None
+    assert script.stdout.readline() == "RUNNING RUNNING\n"
+    if killed:
+        script.kill()
+    _, said = script.communicate(timeout=60)
+    assert (script.returncode != 0) == killed, said
+    assert "dashboard: http://127.0.0.1:" in said
+    wait_until(lambda: not slurm.jobs(), "the queue to be empty", 90 if killed else 20)
 
 
 def test_a_job_that_slurm_refuses_shows_at_once(slurm: Slurm, config: dict[str, Any]) -> None:

@@ -125,8 +125,7 @@ def _draw(
     originals = sorted(np.flatnonzero(variant == ORIGINAL).tolist(), key=lambda row: str(shown[row]))
     found, cosines = nearest(vectors, len(vectors) - 1, originals)
     ranked = [
-        list(zip(rows, scores, strict=True))
-        for rows, scores in zip(found.tolist(), cosines.tolist(), strict=True)
+        list(zip(rows, scores, strict=True)) for rows, scores in zip(found.tolist(), cosines.tolist(), strict=True)
     ]
     near = [pairs[:NEIGHBOURS] for pairs in ranked]
     other = [

@@ -45,6 +45,7 @@ class PartitionReader:
 
     def __init__(self, job: ShardJob, schema: pa.Schema) -> None:
         self.job, self.schema = job, schema
+        self.backend = dask.config.get("dataframe.backend", "pandas")  # of who asks; a worker's own may be another
 
     def __call__(self, shard: Shard, columns: Sequence[str] | None = None) -> Any:
         """The shard's rows, all columns or those named."""
@@ -58,11 +59,11 @@ class PartitionReader:
         else:
             with location.open_parquet() as parquet:
                 table = parquet.read(columns=[name for name in schema.names if name in stored.names])
-        return _to_frame(_aligned(table, schema, shard.name))
+        return _to_frame(_aligned(table, schema, shard.name), self.backend)
 
     def meta(self) -> Any:
         """An empty frame with the right columns and types."""
-        return _to_frame(self.schema.empty_table())
+        return _to_frame(self.schema.empty_table(), self.backend)
 
 
 def metadata_frame(dataset: ImageTextPairDataset) -> dd.DataFrame:
@@ -169,8 +170,8 @@ def _aligned(table: pa.Table, schema: pa.Schema, shard: str) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _to_frame(table: pa.Table) -> Any:
-    if dask.config.get("dataframe.backend", "pandas") == "cudf":
+def _to_frame(table: pa.Table, backend: str) -> Any:
+    if backend == "cudf":
         import cudf
 
         return cudf.DataFrame.from_arrow(table.replace_schema_metadata(None))

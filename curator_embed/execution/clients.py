@@ -141,7 +141,8 @@ def _owner(cluster: Any, *, gpu: bool = False) -> Client:
         raise
     link = client.dashboard_link
     if link and not _in_this_process(client):
-        tell(f"dashboard: {link}")
+        missing = importlib.util.find_spec("bokeh") is None
+        tell(f"dashboard: {link}" + " (install 'curator-embed[clusters]' to see it)" * missing)
     return client
 
 

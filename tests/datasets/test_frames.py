@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -101,3 +102,11 @@ def test_what_a_save_would_leave_out_is_refused(source: Path) -> None:
     dataset.metadata = dataset.metadata[dataset.metadata["caption"] != "photo 0"]
     with pytest.raises(UsageError, match=r"lost rows.*to_webdataset"):
         dataset.save_metadata(progress=False)
+
+
+def test_frames_are_of_the_kind_that_the_asking_process_wants(source: Path) -> None:
+    """Workers on other machines have settings of their own: one that says cuDF must not mix it in."""
+    frame = open_dataset(source).metadata
+    with dask.config.set({"dataframe.backend": "cudf"}):
+        computed = frame.compute(scheduler="sync")
+    assert type(computed).__module__.startswith("pandas") and len(computed) > 0

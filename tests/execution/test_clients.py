@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -75,6 +76,17 @@ def test_processes_end_with_the_script() -> None:
     numbers = json.loads(done.stdout)
     assert len(numbers) == 2 and not any(psutil.pid_exists(number) for number in numbers)
     assert "dashboard: http://127.0.0.1:" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_bokeh_the_link_says_what_it_needs(
+    somebodys: LocalCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bokeh" else found(name, *rest)
+    )
+    with get_client(scheduler_address=somebodys.scheduler_address):
+        assert "/status (install 'curator-embed[clusters]' to see it)\n" in capsys.readouterr().err
 
 
 def test_a_running_scheduler_is_not_ours_to_end(

@@ -20,7 +20,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from distributed import Client, Future
-from distributed.scheduler import KilledWorker
+from distributed.scheduler import KilledWorker, NoValidWorkerError
 from tqdm.auto import tqdm
 
 from curator_embed.execution.lock import OutputLock
@@ -342,6 +342,8 @@ class Driver:
                 self._after_deaths(flight, error.allowed_failures + 1)
             elif isinstance(error, WorkerUnfit):
                 self._after_refusal(flight, error)
+            elif isinstance(error, NoValidWorkerError):  # the scheduler's patience is set to less than ours
+                self._again(flight)
             else:
                 assert error is not None
                 raise error.with_traceback(future.traceback())

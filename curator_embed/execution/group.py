@@ -82,6 +82,8 @@ def _reporting(number: int, run: ShardRun, reports: list[ShardReport | None], pi
         with _naming(run.shard, pipeline):
             yield
     except (SourceError, UsageError) as error:
+        if error is pipeline.fault:
+            raise
         kind = "failed_rows" if isinstance(error, FailedRows) else "shard"
         reports[number] = ShardReport(run.shard.name, fault=f"{kind}: {error}", notes=run.report.notes)
 

@@ -144,7 +144,8 @@ class PipelineKeeper:
         """The worker's keeper, made on first use; from then on every heartbeat carries its figures."""
         keeper = worker.__dict__.setdefault("_curator_embed_pipelines", cls())
         assert isinstance(keeper, cls)
-        worker.metrics.setdefault(METRICS, Figures(keeper))
+        if METRICS not in worker.metrics:  # added by the thread that also reads them
+            worker.loop.add_callback(worker.metrics.setdefault, METRICS, Figures(keeper))
         return keeper
 
     def pipelines(self) -> list[Pipeline]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import dask
 import numpy as np
@@ -138,22 +138,13 @@ def source(tmp_path_factory: pytest.TempPathFactory, wheel_photos: list[Path]) -
     return write_dataset(tmp_path_factory.mktemp("source") / "in", wheel_photos, shards=12, samples=4)
 
 
-class OnWorkers(ColourEmbedder):
-    """Notes which workers it ran on, and does there what it is told."""
+class Pausing(ColourEmbedder):
+    """Takes its time, so that workers can come and go; notes which workers it ran on."""
 
-    ran_on: set[str]
-    does: Callable[[str], None]
+    ran_on: ClassVar[set[str]] = set()
 
-    def __init__(self) -> None:
-        super().__init__()
-        type(self).ran_on = set()
-
-    def settled(self, **settings: Any) -> OnWorkers:
+    def settled(self, **settings: Any) -> Pausing:
         return self
-
-
-class Pausing(OnWorkers):
-    """Takes its time, so that workers can come and go."""
 
     def prepare(self, image: Any) -> Any:
         time.sleep(0.1)
@@ -183,9 +174,9 @@ def test_a_run_waits_for_its_first_worker_and_takes_in_those_that_join(
 ) -> None:
     monkeypatch.setattr(workers, "TELL_AFTER_S", 0.1)
     monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
-    step = Pausing()
+    Pausing.ran_on.clear()
     timers = [later(0.5, lambda: nobody.scale(1)), later(1.0, lambda: nobody.scale(3))]
-    report = save(step, source, tmp_path / "out")
+    report = save(Pausing(), source, tmp_path / "out")
     [timer.join() for timer in timers]
     assert "waiting for the first worker of the Dask cluster at inproc://" in caplog.text
     assert report.shards["done"] == 12 and report.workers == 3
@@ -282,10 +273,13 @@ def test_a_keeper_answers_heartbeats_when_nothing_runs(nobody: LocalCluster) -> 
     nobody.scale(1)
     Client.current().wait_for_workers(1)
 
-    def ask(dask_worker: Any) -> Any:
+    def keep(dask_worker: Any) -> None:
         PipelineKeeper.of(dask_worker)
+
+    def ask(dask_worker: Any) -> Any:
         return dask_worker.metrics[METRICS](dask_worker)
 
+    Client.current().run(keep)
     assert list(Client.current().run(ask).values()) == [{}]
 
 

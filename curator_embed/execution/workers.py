@@ -22,7 +22,7 @@ from curator_embed.errors import CuratorEmbedError
 
 log = logging.getLogger(__name__)
 
-WAIT_KEY = "curator-embed.wait-for-workers"
+WAIT_KEY = "curator-embed.no-workers-timeout"
 """Key of Dask's configuration: how long a run without workers waits for one ("30 minutes")."""
 WAIT_DEFAULT = "10 minutes"
 TELL_AFTER_S = 5.0

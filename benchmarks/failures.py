@@ -283,13 +283,13 @@ def scheduler(scene: Scene) -> dict[str, float]:
             report = embed(scene.folder, output, Troubled(scene.pause))
     check(report.shards["skipped"] == len(before), f"{len(before)} were finished: {report}")
     check(report.shards["done"] == scene.shards - len(before), str(report))
-    after = {name: (output / name).stat().st_mtime_ns for name in before}
-    check(after == before, "finished shards were written again")
+    again = [name for name in before if (output / name).stat().st_mtime_ns != before[name]]
+    check(not again, f"finished shards were written again: {again[:5]}")
     scene.check_output(output)
     return {
         "seconds until the run ended": noticed,
         "shards finished before / all": len(before) / scene.shards,
-        "shards worked on again": 0,
+        "shards worked on again": len(again),
     }
 
 

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from curator_embed.steps import BatchStep
 METRICS = "curator_embed"
 """Name of a worker's figures among those that it sends with every heartbeat."""
 PROGRESS_EVERY_S = 0.5
+ORPHANED_AFTER_S = 60.0
+"""Models that no task has used for so long make room for those of another run; if need be they are loaded again."""
 DISK_WITHIN_S = 1.0
 """A network file system may show a new file this much later."""
 
@@ -138,6 +141,8 @@ class PipelineKeeper:
         self._pipelines: dict[str, Pipeline] = {}
         self._stopping: set[str] = set()
         self._asked_back: set[str] = set()
+        self._users: Counter[str] = Counter()
+        self._used: dict[str, float] = {}
 
     @classmethod
     def of(cls, worker: Worker) -> PipelineKeeper:
@@ -153,12 +158,27 @@ class PipelineKeeper:
         return list(self._pipelines.values())
 
     def get(self, run: str, job: ShardJob, on_images: Callable[[int], None]) -> Pipeline:
-        """The run's pipeline, built by whoever comes first while the others wait."""
+        """The run's pipeline, built by whoever comes first while the others wait; ``put_back`` it."""
         with self._lock:
             if run not in self._pipelines:
                 check_disks(job.must_see)
+                self._close_orphans()
                 self._pipelines[run] = build_pipeline(job, on_images)
+            self._users[run] += 1
             return self._pipelines[run]
+
+    def put_back(self, run: str) -> None:
+        """The task that got the run's pipeline needs it no longer."""
+        with self._lock:
+            self._users[run] -= 1
+            self._used[run] = time.monotonic()
+
+    def _close_orphans(self) -> None:
+        """Make room for a new run: nobody else lets go of the models of one whose driver was killed."""
+        now = time.monotonic()
+        for run in [run for run in self._pipelines if not self._users[run]]:
+            if now - self._used.get(run, now) >= ORPHANED_AFTER_S:
+                self._pipelines.pop(run).close()
 
     def stop(self, run: str) -> None:
         """Begin no more shards of this run."""
@@ -318,6 +338,8 @@ def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None
             if error is pipeline.fault and not isinstance(error, PipelineClosed):
                 raise _unfit(worker, error, had_begun=True) from error
             raise
+        finally:
+            keeper.put_back(run)
     return TaskReport(worker.address, time.monotonic() - began, reports)
 
 

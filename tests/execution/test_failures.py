@@ -21,8 +21,8 @@ from distributed import Client, LocalCluster, get_worker
 
 from benchmarks import failures
 from benchmarks.failures import Scene
-from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.execution import driver, workers
+from curator_embed.datasets import ImageTextPairDataset, saving
+from curator_embed.execution import driver, worker, workers
 from curator_embed.execution.pipeline import Gauge
 from curator_embed.execution.report import RunReport, bottleneck
 from curator_embed.execution.run import RunStopped
@@ -62,6 +62,17 @@ def test_killed_workers_cost_only_time(scene: Scene) -> None:
 
 def test_a_shard_that_kills_its_workers_is_set_aside_and_no_other(scene: Scene) -> None:
     assert failures.killer(scene)["workers seen to die"] >= 2
+
+
+def test_where_everything_kills_no_shard_is_blamed(scene: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "KILLS_IN_A_ROW", -4)  # 4 in all, with two workers of two threads
+    folder = failures.tiny_shards(tmp_path / "in", 8, failures.SAMPLES)
+    for number in range(8):
+        failures.mark(folder, number)
+    with scene.cluster(), pytest.raises(RunStopped, match="workers die whatever they work on") as stopped:
+        failures.embed(folder, tmp_path / "out", failures.Troubled(on_mark="kill"))
+    assert stopped.value.report.faults == {}
+    assert stopped.value.report.shards == {"done": 0, "skipped": 0, "failed": 0, "left": 8}
 
 
 def test_nobody_waits_for_a_slow_shard(scene: Scene) -> None:
@@ -269,6 +280,49 @@ def test_what_no_worker_can_do_is_the_jobs_own_error(
     assert "load_model" in "".join(error.value.__notes__) or "__call__" in "".join(error.value.__notes__)
 
 
+class Counting(ColourEmbedder):
+    """Counts the pipelines that its worker has when its own is made."""
+
+    others: ClassVar[list[int]] = []
+
+    def settled(self, **settings: Any) -> Counting:
+        return self
+
+    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        Counting.others.append(len(PipelineKeeper.of(get_worker()).pipelines()))
+        return super().load_model(device, threads)
+
+
+def test_models_of_a_run_whose_driver_died_make_room(
+    nobody: LocalCluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody.scale(1)
+    monkeypatch.setattr(driver, "close_run", lambda run: None)  # as if it had been killed
+    for number, seconds in enumerate((60.0, 60.0, 0.0)):
+        monkeypatch.setattr(worker, "ORPHANED_AFTER_S", seconds)
+        save(Counting(), source, tmp_path / f"out{number}")
+    assert Counting.others == [0, 1, 0]
+
+
+def test_a_cluster_where_not_all_see_a_gpu_works_on_the_cpu_and_says_so(
+    nobody: LocalCluster,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    nobody.scale(2)
+    Client.current().wait_for_workers(2)
+    first = min(Client.current().nthreads())
+
+    def sees(dask_worker: Any) -> bool:
+        return bool(dask_worker.address == first)
+
+    monkeypatch.setattr(saving, "_sees_gpu", sees)
+    save(ColourEmbedder(), source, tmp_path / "out")
+    assert "1 of 2 workers see no GPU" in caplog.text
+
+
 def test_a_keeper_answers_heartbeats_when_nothing_runs(nobody: LocalCluster) -> None:
     nobody.scale(1)
     Client.current().wait_for_workers(1)
@@ -281,6 +335,32 @@ def test_a_keeper_answers_heartbeats_when_nothing_runs(nobody: LocalCluster) -> 
 
     Client.current().run(keep)
     assert list(Client.current().run(ask).values()) == [{}]
+
+
+class Cluster:
+    """What ``Workers`` asks a client, with answers from a list."""
+
+    def __init__(self, *answers: dict[str, int]) -> None:
+        self.answers = list(answers)
+
+    def nthreads(self) -> dict[str, int]:
+        return self.answers.pop(0)
+
+
+def test_workers_are_counted_as_they_come_and_go() -> None:
+    a, b, c = "tcp://10.0.0.1:1", "tcp://10.0.0.1:2", "tcp://10.0.0.2:1"
+    seen = workers.Workers(Cluster({a: 2}, {a: 2, b: 2, c: 4}, {b: 2}, {}))  # type: ignore[arg-type]
+    assert seen.look() and not seen.look(every=60)
+    assert seen.restriction is None and seen.absent_since is None
+    seen.look()
+    seen.unfit[c] = "no GPU"
+    assert seen.restriction == {a, b} and seen.fit == {a: 2, b: 2}
+    assert seen.one_a_host() == {"10.0.0.1": a}
+    seen.look()
+    assert seen.restriction is None, "the one that is not fit has left"
+    assert (seen.most, seen.lost) == (3, 2)
+    seen.look()
+    assert seen.absent_since is not None and seen.lost == 3
 
 
 # -- figures ------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import dask
-from distributed import Client, default_client
+from distributed import Client, Worker, WorkerPlugin, default_client
+from distributed.worker_memory import WorkerMemoryManager
 from tqdm.auto import tqdm
 
 from curator_embed.errors import CuratorEmbedError, UsageError
@@ -87,8 +88,8 @@ def get_client(
     if n_workers is not None and n_workers < 1:
         raise UsageError(f"n_workers={n_workers}: at least 1")
     if cluster_type == "gpu":
-        return _owner(cuda_cluster(n_workers, threads_per_worker, cluster_kwargs), gpu=True)
-    return _owner(cpu_cluster(n_workers or 1, threads_per_worker, cluster_kwargs))
+        return _never_paused(_owner(cuda_cluster(n_workers, threads_per_worker, cluster_kwargs), gpu=True))
+    return _never_paused(_owner(cpu_cluster(n_workers or 1, threads_per_worker, cluster_kwargs)))
 
 
 def start_client(config: ClusterConfig) -> Client:
@@ -107,10 +108,10 @@ def start_client(config: ClusterConfig) -> Client:
     try:
         _wait(client, config)
         _check_packages(client)
+        return _never_paused(client) if hasattr(cluster, "close") else client
     except BaseException:
         client.close()
         raise
-    return client
 
 
 class OwningClient(Client):
@@ -153,6 +154,27 @@ def _close(cluster: Any) -> None:
 
 def _in_this_process(client: Client) -> bool:
     return client.scheduler is not None and str(client.scheduler.address).startswith("inproc://")
+
+
+class NeverPaused(WorkerPlugin):
+    """Workers near their memory limit go on, up to where Dask ends them.
+
+    Dask pauses a worker at 80 % of its limit until its results are spilled. Ours hold no results, but models and
+    images: nothing would ever come free, and the run would stand still without a word.
+    """
+
+    name = "curator-embed-never-paused"
+
+    def setup(self, worker: Worker) -> None:
+        """Called on every worker, those that come later, too."""
+        if isinstance(worker.memory_manager, WorkerMemoryManager):
+            worker.memory_manager.memory_pause_fraction = False
+
+
+def _never_paused(client: Client) -> Client:
+    if not _in_this_process(client):
+        client.register_plugin(NeverPaused())
+    return client
 
 
 def tell(line: str) -> None:

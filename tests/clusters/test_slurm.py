@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from curator_embed import get_client
 from curator_embed.errors import CuratorEmbedError
@@ -129,6 +130,23 @@ def test_a_job_with_gpus_is_given_them(slurm: Slurm, config: dict[str, Any], tmp
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert command[2].startswith("tcp://127.0.0.1:")
     assert (options["--nthreads"], options["--memory-limit"]) == ("2", "512.00MiB"), "two workers share the job"
+
+
+def test_the_command_takes_the_file(slurm: Slurm, config: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    """Relative paths, and traffic that is encrypted and known: other users of a cluster share its network."""
+    keys = {**config, "memory_per_node": "3GiB", "options": {"security": True, "shared_temp_directory": str(tmp_path)}}
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(keys))
+    command = ["embed", "in", "--model", "test_resnet.r160_in1k", "--compile", "off", "--quiet", "--output", "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "curator_embed", *command, "--cluster", "cluster.yaml"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = table_rows(tmp_path / "out")
+    assert len(rows) == 84 and sum(row["image_embedding"] is not None for row in rows.values()) == 71
+    logs = [path.read_text() for path in (tmp_path / "logs").glob("*.err")]
+    assert len(logs) == 2 and all("Registered to: " in log and "tls://127.0.0.1" in log for log in logs)
+    wait_until(lambda: not slurm.jobs(), "the queue to be empty")
 
 
 # -- a whole run in one job ------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import dask
 import psutil
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, get_worker
 
 from curator_embed import get_client
 from curator_embed.errors import CuratorEmbedError, UsageError
@@ -76,6 +77,28 @@ def test_processes_end_with_the_script() -> None:
     numbers = json.loads(done.stdout)
     assert len(numbers) == 2 and not any(psutil.pid_exists(number) for number in numbers)
     assert "dashboard: http://127.0.0.1:" in done.stderr and "Traceback" not in done.stderr
+
+
+def fill(limit: int) -> tuple[float, set[str]]:
+    """Take 87 % of a worker's limit for a second: how much of it was taken, and the worker's states meanwhile."""
+    process = psutil.Process()
+    held = bytearray(int(0.87 * limit) - process.memory_info().rss)
+    held[::4096] = b"x" * len(held[::4096])
+    states = set()
+    for _ in range(10):
+        time.sleep(0.1)  # Dask looks every 0.1 s
+        states.add(get_worker().status.name)
+    return process.memory_info().rss / limit, states
+
+
+def test_a_worker_that_needs_most_of_its_memory_is_not_stopped() -> None:
+    """Dask would pause it at 80 %, and nothing that it holds could ever be spilled."""
+    with get_client("cpu", n_workers=2, memory_limit="1GiB") as client:
+        client.cluster.scale(3)
+        client.wait_for_workers(3, timeout=30)
+        for address in client.nthreads():
+            taken, states = client.submit(fill, 2**30, workers=[address], pure=False).result(timeout=30)
+            assert 0.82 < taken < 0.92 and states == {"running"}
 
 
 def test_without_bokeh_the_link_says_what_it_needs(

@@ -41,6 +41,7 @@ OPTIONAL = (
     ("open_clip_torch", "open_clip", "clip", "CLIP models with a text tower"),
     ("faiss", "faiss", "faiss", "similarity indexes"),
     ("s3fs", "s3fs", "s3", "datasets on S3"),
+    ("obstore", "obstore", "s3", "path lists on S3 at full speed"),
     ("gcsfs", "gcsfs", "gcs", "datasets on Google Cloud Storage"),
     ("adlfs", "adlfs", "azure", "datasets on Azure"),
     ("dask-jobqueue", "dask_jobqueue", "clusters", "clusters of Slurm, PBS and LSF"),

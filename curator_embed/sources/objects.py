@@ -22,6 +22,7 @@ from fsspec import AbstractFileSystem, get_filesystem_class
 
 from curator_embed.errors import Reason, UsageError
 from curator_embed.sources.files import StorageOptions, filesystem, is_remote, local_path, redact
+from curator_embed.sources.s3_store import FastBucket, fast_bucket
 
 LOCAL_AHEAD = 4
 """Local reads that are queued for each thread."""
@@ -107,6 +108,7 @@ class _Reader:
         self.options, self.policy = options, policy
         self._pool: ThreadPoolExecutor | None = None
         self._opened: dict[tuple[str, str], AbstractFileSystem] = {}
+        self._buckets: dict[str, FastBucket | None] = {}
         self._lock = threading.Lock()
         self._buffered = 0
         self._ahead = LOCAL_AHEAD * policy.threads
@@ -122,7 +124,8 @@ class _Reader:
             fs, inner = self._open(path)
             if fs.async_impl and not fs.asynchronous:
                 self._ahead = max(self._ahead, self.policy.in_flight)
-                future = asyncio.run_coroutine_threadsafe(_read_async(fs, inner, path, self.policy), fs.loop)
+                first = self._shortcut(inner) if set(_S3) & set(fs.protocol) else None
+                future = asyncio.run_coroutine_threadsafe(_read_async(fs, inner, path, self.policy, first), fs.loop)
             else:
                 future = self._in_thread(_read_blocking, fs, inner, path, self.policy)
         future.add_done_callback(self._count)
@@ -148,6 +151,13 @@ class _Reader:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.policy.threads, thread_name_prefix="read-files")
         return self._pool.submit(read, *arguments)
+
+    def _shortcut(self, inner: str) -> FastBucket | None:
+        bucket = inner.partition("/")[0]
+        if bucket not in self._buckets:
+            self._buckets[bucket] = fast_bucket(bucket, self.options)
+        found = self._buckets[bucket]
+        return found if found is not None and found.useful else None
 
     def _open(self, path: str) -> tuple[AbstractFileSystem, str]:
         """The file system of a URL. Making one anew for every image would cost more than many a read."""
@@ -181,7 +191,16 @@ def _read_local(path: str) -> bytes | Unread:
         return _unread(path, exc)
 
 
-async def _read_async(fs: Any, inner: str, path: str, policy: ReadPolicy) -> bytes | Unread:
+async def _read_async(fs: Any, inner: str, path: str, policy: ReadPolicy, first: FastBucket | None) -> bytes | Unread:
+    if first is not None:
+        try:
+            found = await asyncio.wait_for(first.read(inner.partition("/")[2]), policy.timeout)
+            if found is not None:
+                return found
+        except PermissionError as exc:
+            return _unread(path, exc)
+        except TimeoutError:
+            pass
     # s3fs asks for an object's size first, unless told that it will not be read in pieces.
     whole = {"max_concurrency": 1} if set(_S3) & set(fs.protocol) else {}
     for attempt in range(policy.retries + 1):

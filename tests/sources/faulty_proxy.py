@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
 
-Fault = Literal["", "503", "403", "stall", "cut"]
+Fault = Literal["", "503", "403", "stall", "cut", "slow"]
 Chooser = Callable[[int, str, str], Fault]
 """(number of the request from 1, method, path) -> what becomes of it."""
 
@@ -30,8 +30,14 @@ class FaultyProxy:
         most: most requests that were under way at once.
     """
 
-    def __init__(self, target: str, choose: Chooser = lambda n, method, path: "", stall: float = 3.0) -> None:
-        self.target, self.choose, self.stall = urlsplit(target), choose, stall
+    def __init__(
+        self,
+        target: str,
+        choose: Chooser = lambda n, method, path: "",
+        stall: float = 3.0,
+        by_agent: Callable[[int, str, str, str], Fault] | None = None,
+    ) -> None:
+        self.target, self.choose, self.stall, self.by_agent = urlsplit(target), choose, stall, by_agent
         self.requests: list[tuple[str, str]] = []
         self.faults = self.most = self._now = 0
         self._lock = threading.Lock()
@@ -65,7 +71,10 @@ class FaultyProxy:
                     proxy._now += 1
                     proxy.most = max(proxy.most, proxy._now)
                 try:
-                    self.answer(path, proxy.choose(number, self.command, path))
+                    fault = proxy.choose(number, self.command, path)
+                    if proxy.by_agent is not None:
+                        fault = proxy.by_agent(number, self.command, path, self.headers.get("User-Agent", ""))
+                    self.answer(path, fault)
                 except OSError:
                     self.close_connection = True  # the client has gone
                 finally:
@@ -74,7 +83,9 @@ class FaultyProxy:
 
             def answer(self, path: str, fault: Fault) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                if fault:
+                if fault == "slow":  # a right answer, late
+                    time.sleep(proxy.stall)
+                elif fault:
                     with proxy._lock:
                         proxy.faults += 1
                 if fault in ("503", "403"):

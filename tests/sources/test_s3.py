@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
-from faulty_proxy import FaultyProxy
+from faulty_proxy import Fault, FaultyProxy
 
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import Reason, SourceError, UsageError
@@ -20,10 +21,12 @@ from curator_embed.sources.folder import find_images
 from curator_embed.sources.objects import ReadPolicy
 from curator_embed.sources.path_list import find_lines
 from curator_embed.sources.s3 import S3Options
+from curator_embed.sources.s3_store import GIVE_UP_AFTER, fast_bucket
 from tests.shards import crops, write_dataset
 from tests.stub import ColourEmbedder
 
 moto_server = pytest.importorskip("moto.server", reason="moto's server is not installed")
+pytest.importorskip("obstore", reason="obstore is not installed")
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
 
 SECRET = "wJalrXUtnHUNTER2"
@@ -141,9 +144,12 @@ def test_parquet_with_images_gets_its_columns_in_the_bucket(client: Client, serv
 
 
 def test_hundreds_are_in_flight_in_their_order(server: str, stored: Path) -> None:
-    with FaultyProxy(server) as proxy:
+    with FaultyProxy(server, lambda n, method, path: "slow", stall=0.5) as proxy:
         (shard,) = find_lines(
-            stored / "list.txt", root="s3://photos/images", dataset="laion", storage_options=options(proxy.url)
+            stored / "list.txt",
+            root="s3://photos/images",
+            dataset="laion",
+            storage_options=options(proxy.url, timeout=20.0),
         )
         found = list(shard.samples(id_col="path"))
         assert [s.image for s in found] == [(stored / "images" / s.key[6:]).read_bytes() for s in found]
@@ -304,6 +310,68 @@ def test_public_buckets_need_no_credentials(server: str, stored: Path, monkeypat
         storage_options=options(server, anonymous=True),
     )
     assert next(iter(shard.samples(id_col="path"))).image is not None
+
+
+def images(stored: Path, url: str, **more: object) -> list[bytes | None]:
+    """Every image of the list, read from the bucket."""
+    given = options(url, **more)
+    (shard,) = find_lines(
+        stored / "list.txt", root="s3://photos/images", dataset="laion", storage_options=given, policy=ReadPolicy()
+    )
+    return [sample.image for sample in shard.samples(id_col="path")]
+
+
+def test_images_come_through_obstore_and_without_it_all_the_same(
+    server: str, stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_slowly: list[str] = []
+    cat_file = s3fs.S3FileSystem._cat_file
+
+    async def counted(self: object, path: str, **more: object) -> bytes:
+        read_slowly.append(path)
+        data: bytes = await cat_file(self, path, **more)
+        return data
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", counted)
+    right = [(stored / "images" / str(n % 4) / f"{n} ü.jpg").read_bytes() for n in range(40)]
+    assert images(stored, server) == right
+    assert not read_slowly
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    assert images(stored, server, timeout=7.0) == right  # other options: nothing of the first is kept
+    assert len(read_slowly) == 40
+
+
+def test_a_way_that_leads_nowhere_is_given_up(stored: Path, server: str) -> None:
+    def refuse_obstore(number: int, method: str, path: str, agent: str) -> Fault:
+        return "503" if "object_store" in agent else ""
+
+    with FaultyProxy(server, by_agent=refuse_obstore) as proxy:
+        found = images(stored, proxy.url)
+    assert None not in found and len(found) == 40
+    assert GIVE_UP_AFTER <= proxy.faults <= 40
+
+
+@pytest.mark.parametrize(
+    ("more", "there"),
+    [
+        ({}, True),
+        ({"anon": True}, True),
+        ({"key": "a", "secret": "b", "token": "c"}, True),
+        ({"requester_pays": True}, False),
+        ({"client_kwargs": {"verify": False}}, False),
+        ({"config_kwargs": {"signature_version": "s3"}}, False),
+        ({"session": object()}, False),
+    ],
+)
+def test_only_what_obstore_understands_goes_its_way(more: dict[str, object], there: bool) -> None:
+    assert (fast_bucket("photos", {"endpoint_url": "http://127.0.0.1:9", **more}) is not None) == there
+
+
+def test_settings_of_the_profile_that_obstore_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config"
+    config.write_text("[default]\nendpoint_url = http://127.0.0.1:9\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    assert fast_bucket("of-a-profile", {}) is None
 
 
 def test_options_that_contradict_each_other() -> None:

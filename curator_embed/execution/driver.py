@@ -278,8 +278,9 @@ class Driver:
             positions = self._waiting.popleft()
             quicker = frozenset(fit) - {self._avoid.get(positions[0], "")}
             self._submit(positions, limit, quicker if 0 < len(quicker) < len(fit) else restriction)
-        if self._waiting or not all(flight.alone for flight in self._flights.values()):
+        if not self._suspects or self._waiting or not all(flight.alone for flight in self._flights.values()):
             return
+        self._look()  # a shard must not be blamed for a worker that was dead before it came
         busy = {host(address) for flight in self._flights.values() for address in flight.only_on or ()}
         for free, address in self.workers.one_a_host().items():
             if self._suspects and free not in busy:

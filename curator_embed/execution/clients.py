@@ -6,8 +6,9 @@ import importlib.util
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import dask
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 TASKS_PER_WORKER = 2
 """Shards a worker has open at a time: while one is written, the next is read."""
+LOOK_EVERY_S = 10.0
+"""How often it is looked whether the workers that are waited for can still come."""
 
 
 def get_client(
@@ -200,13 +203,22 @@ def _wait(client: Client, config: ClusterConfig) -> None:
         return
     tell(f"waiting for {config.wait_for_workers} worker{'s' * (config.wait_for_workers > 1)}; "
          f"if none comes, look at {config.where_to_look()}")  # fmt: skip
-    try:
-        client.wait_for_workers(config.wait_for_workers, timeout=config.wait_seconds)
-    except TimeoutError as error:
-        raise CuratorEmbedError(
-            f"{config.path}: {len(client.nthreads())} of {config.wait_for_workers} workers (wait_for_workers) came in "
-            f"{config.wait_seconds:g} seconds (wait_seconds). Look at {config.where_to_look()}"
-        ) from error
+    until = time.monotonic() + config.wait_seconds
+    while True:
+        left = until - time.monotonic()
+        with suppress(TimeoutError):
+            client.wait_for_workers(config.wait_for_workers, timeout=max(0.01, min(left, LOOK_EVERY_S)))
+            return
+        vain = None if client.nthreads() else config.why_none_can_come(client.cluster)
+        if vain is not None:
+            raise CuratorEmbedError(
+                f"{config.path}: no worker came, and none will: {vain}. Look at {config.where_to_look()}"
+            )
+        if left <= LOOK_EVERY_S:
+            raise CuratorEmbedError(
+                f"{config.path}: {len(client.nthreads())} of {config.wait_for_workers} workers (wait_for_workers) came "
+                f"in {config.wait_seconds:g} seconds (wait_seconds). Look at {config.where_to_look()}"
+            )
 
 
 def _check_packages(client: Client) -> None:

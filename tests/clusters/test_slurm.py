@@ -116,6 +116,15 @@ def test_workers_that_do_not_come_name_the_queue_and_leave_it(
     wait_until(lambda: not slurm.jobs(), "the queue to be empty", 20)
 
 
+def test_jobs_that_end_at_once_are_not_waited_for(slurm: Slurm, config: dict[str, Any]) -> None:
+    began = time.monotonic()
+    with pytest.raises(
+        CuratorEmbedError, match=r"all 2 jobs have ended. The end of .*\.err: .*/no/python.*squeue --me"
+    ):
+        get_client(config={**config, "python": "/no/python", "wait_seconds": 600})
+    assert time.monotonic() - began < 60
+
+
 def test_a_job_with_gpus_is_given_them(slurm: Slurm, config: dict[str, Any], tmp_path: Path) -> None:
     """Slurm hands out two devices that are none; in the place of Python a script writes down what it was given."""
     python, found = tmp_path / "python", tmp_path / "found"

@@ -89,6 +89,14 @@ class ClusterConfig:
         """What a person should look at when workers do not come: the end of "look at ..."."""
         return "the workers' logs, and at whether the workers can reach the scheduler (firewall, network interface)"
 
+    def why_none_can_come(self, cluster: Any) -> str | None:
+        """While workers are waited for: why waiting is in vain, None as long as it is not.
+
+        Args:
+            cluster: what ``start`` returned.
+        """
+        return None
+
     @property
     def workers(self) -> int:
         """Workers of all nodes together: one a GPU, or ``workers_per_node``."""

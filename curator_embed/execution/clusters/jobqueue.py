@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -56,6 +57,8 @@ class JobQueueConfig(ClusterConfig):
     cluster_class: ClassVar[str]
     submits_with: ClassVar[str]
     lists_with: ClassVar[str]
+    lists_numbers: ClassVar[tuple[str, ...]]
+    """A command that prints the numbers of jobs that wait or run."""
     asks_for_gpus: ClassVar[re.Pattern[str]]
     """What a directive looks like that asks for GPUs."""
 
@@ -103,6 +106,31 @@ class JobQueueConfig(ClusterConfig):
         """See ``ClusterConfig.where_to_look``."""
         logs = f"the logs in {self._log_directory()}" if self.log_directory else "the jobs' output files"
         return f"'{self.lists_with}', {logs}, and at whether the nodes can reach this machine (interface, firewall)"
+
+    def why_none_can_come(self, cluster: Any) -> str | None:
+        """All jobs have ended: a Python that is not there, a module that does not load, a scheduler out of reach."""
+        try:
+            listed = subprocess.run(self.lists_numbers, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if listed.returncode != 0 and "No unfinished job" not in listed.stderr:  # LSF's way to say none
+            return None  # a busy batch system says nothing about the jobs
+        numbers = {str(job.job_id) for job in list(cluster.workers.values()) if job.job_id}
+        if not numbers or numbers & set(re.findall(r"\d+", listed.stdout)):
+            return None
+        return f"all {len(numbers)} jobs have ended" + self._last_words()
+
+    def _last_words(self) -> str:
+        """The end of the newest log that says anything, of errors (job.err, job.e12) rather than of output."""
+        folder = self._log_directory()
+        logs = [file for file in os.scandir(folder) if file.is_file() and file.stat().st_size] if folder else []
+        if not logs:
+            return ""
+        newest = max(logs, key=lambda file: (".e" in file.name, file.stat().st_mtime))
+        with open(newest.path, "rb") as file:
+            file.seek(max(0, newest.stat().st_size - 2000))
+            lines = file.read().decode(errors="replace").split("\n")
+        return f". The end of {newest.path}: {' | '.join(line.strip() for line in lines if line.strip())[-500:]}"
 
     def arguments(self) -> dict[str, Any]:
         """What dask-jobqueue is given: its own names, this file's values."""
@@ -164,6 +192,7 @@ class SlurmConfig(JobQueueConfig):
     cluster_class: ClassVar[str] = "SLURMCluster"
     submits_with: ClassVar[str] = "sbatch"
     lists_with: ClassVar[str] = "squeue --me"
+    lists_numbers: ClassVar[tuple[str, ...]] = ("squeue", "--me", "--noheader", "--format=%A")
     asks_for_gpus: ClassVar[re.Pattern[str]] = re.compile(r"--gres[= ]gpu|--gpus\b|^-G")
 
     def _of_system(self) -> Mapping[str, Any]:
@@ -182,6 +211,7 @@ class PbsConfig(JobQueueConfig):
     cluster_class: ClassVar[str] = "PBSCluster"
     submits_with: ClassVar[str] = "qsub"
     lists_with: ClassVar[str] = "qstat -u $USER"
+    lists_numbers: ClassVar[tuple[str, ...]] = ("qstat",)
 
     def _of_system(self) -> Mapping[str, Any]:
         gpus = f":ngpus={self.gpus_per_node}" if self.gpus_per_node else ""
@@ -201,6 +231,7 @@ class LsfConfig(JobQueueConfig):
     cluster_class: ClassVar[str] = "LSFCluster"
     submits_with: ClassVar[str] = "bsub"
     lists_with: ClassVar[str] = "bjobs"
+    lists_numbers: ClassVar[tuple[str, ...]] = ("bjobs", "-noheader", "-o", "jobid")
     asks_for_gpus: ClassVar[re.Pattern[str]] = re.compile(r"^-gpu\b|ngpus")
 
     def _of_system(self) -> Mapping[str, Any]:

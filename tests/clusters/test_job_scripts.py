@@ -14,6 +14,7 @@ import pytest
 from curator_embed import get_client
 from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.clusters import read_cluster
+from curator_embed.execution.clusters.jobqueue import JobQueueConfig
 from tests.conftest import REPO
 from tests.rows import table_rows
 from tests.shards import write_dataset
@@ -121,29 +122,62 @@ def test_a_machine_that_cannot_submit(kind: str, command: str, tmp_path: Path, m
         get_client(config={"cluster": kind, **NODE})
 
 
-@pytest.mark.parametrize("kind", ["pbs", "lsf"])
-def test_jobs_are_submitted_one_a_node_and_taken_back(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The batch system is three scripts that answer as PBS and LSF do and write down what they were asked."""
-    commands = {"pbs": ("qsub", "qdel"), "lsf": ("bsub", "bkill")}[kind]
-    answer = {"pbs": "$$.server", "lsf": "Job <$$> is submitted to queue <long>."}[kind]  # $$: the shell's own number
-    keep = {"pbs": "cp $1", "lsf": "cat >"}[kind]  # LSF reads the script from its standard input
-    (tmp_path / "submitted").mkdir()
+@pytest.fixture(params=["pbs", "lsf"])
+def batch_system(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """Three scripts that answer as PBS and LSF do: the kind, and the folder where jobs are files while they exist."""
+    kind, jobs = str(request.param), tmp_path / "jobs"
+    jobs.mkdir()
+    # $$ is the shell's own number, and the job's. LSF reads the script from its standard input.
     scripts = {
-        commands[0]: f'{keep} {tmp_path}/submitted/$$; echo "{answer}"',
-        commands[1]: f"echo $1 >> {tmp_path}/deleted",
-    }
+        "pbs": {
+            "qsub": f"cp $1 {jobs}/$$; echo $$.server",
+            "qdel": f"rm {jobs}/${{1%%.*}}",
+            "qstat": f"for job in $(ls {jobs}); do echo $job.server curator-embed ada 0 Q long; done",
+        },
+        "lsf": {
+            "bsub": f'cat > {jobs}/$$; echo "Job <$$> is submitted to queue <long>."',
+            "bkill": f"rm {jobs}/$1",
+            "bjobs": f'[ -n "$(ls {jobs})" ] && ls {jobs} || {{ echo No unfinished job found >&2; exit 255; }}',
+        },
+    }[kind]
     for name, body in scripts.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return kind, jobs
+
+
+def test_jobs_are_submitted_one_a_node_and_taken_back(batch_system: tuple[str, Path]) -> None:
+    kind, jobs = batch_system
     with get_client(config={"cluster": kind, **NODE, "wait_for_workers": 0}):
-        submitted = sorted((tmp_path / "submitted").iterdir())
+        submitted = list(jobs.iterdir())
         assert len(submitted) == 2
         assert all(set(HEADERS[kind]) <= set(path.read_text().splitlines()) for path in submitted)
-    deleted = {line.partition(".")[0] for line in (tmp_path / "deleted").read_text().split()}
-    assert deleted == {path.name for path in submitted}
+    assert not list(jobs.iterdir())
+
+
+def test_jobs_are_waited_for_as_long_as_one_is_queued(
+    batch_system: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, jobs = batch_system
+    monkeypatch.setattr("curator_embed.execution.clients.LOOK_EVERY_S", 0.2)
+    config = {"cluster": kind, **NODE, "log_directory": str(tmp_path / "logs"), "wait_seconds": 1.5}
+    with pytest.raises(CuratorEmbedError, match=r"0 of 1 workers .* came in 1\.5 seconds"):
+        get_client(config=config)
+
+    def end_all(config: Any, cluster: Any) -> str | None:
+        """The jobs end when they are looked at for the first time."""
+        for job in jobs.iterdir():
+            (tmp_path / "logs" / f"curator-embed.e{job.name}").write_text("module: command not found\n")
+            job.unlink()
+        return look(config, cluster)
+
+    look = JobQueueConfig.why_none_can_come
+    monkeypatch.setattr(JobQueueConfig, "why_none_can_come", end_all)
+    with pytest.raises(
+        CuratorEmbedError, match=r"all 2 jobs have ended. The end of .*\.e\d+: module: command not found"
+    ):
+        get_client(config={**config, "wait_seconds": 600})
 
 
 def test_what_sshcluster_is_told() -> None:

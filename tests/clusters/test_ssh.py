@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import getpass
 import os
 import shlex
@@ -70,7 +71,7 @@ def connect_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
         server = subprocess.Popen([str(SSHD), "-D", "-e", "-f", str(folder / "sshd_config")], stderr=log)
     try:
         wait_until(lambda: b"listening" in (folder / "log").read_bytes(), f"sshd ({folder}/log)", 20)
-        yield {
+        options = {
             "port": port,
             "username": getpass.getuser(),
             "client_keys": [str(folder / "user")],
@@ -78,9 +79,19 @@ def connect_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
             "config": [],
             "agent_path": None,
         }
+        try:
+            asyncio.run(_log_in(options))
+        except asyncssh.PermissionDenied:  # a locked account, a shell that is none
+            pytest.skip(f"sshd lets {getpass.getuser()} not in: {(folder / 'log').read_text().splitlines()[-1]}")
+        yield options
     finally:
         server.terminate()
         server.wait(10)
+
+
+async def _log_in(options: dict[str, Any]) -> None:
+    async with asyncssh.connect("127.0.0.1", **options) as connection:
+        await connection.run("true", check=True)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "squeue", "sinfo")
@@ -92,6 +93,8 @@ class Slurm:
 
     def __exit__(self, *exc: object) -> None:
         self.run("scancel", "--state=PENDING", "--state=RUNNING", "--user=root", check=False)
+        with suppress(AssertionError):  # of daemons that answer no more; the others end their jobs first
+            _until(lambda: not self.jobs(), "end of the jobs", self.folder / "slurmctld.log")
         for process in reversed(self._processes):
             process.terminate()
         for process in reversed(self._processes):

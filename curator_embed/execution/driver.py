@@ -61,7 +61,8 @@ CLOSE_WITHIN_S = 30.0
 TRIES_ALONE = 3
 """Workers that must die over one shard while it has its machine to itself before it is set aside."""
 KILLS_IN_A_ROW = 10
-"""So many killed tasks with no shard finished in between, and one more for each under way: no shard is to blame."""
+"""After so many killed tasks with no shard finished in between, and as many more as are under way at a time, no shard
+is to blame."""
 
 
 class SchedulerGone(Exception):
@@ -112,7 +113,7 @@ class Driver:
         self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
         self._suspects: deque[int] = deque()  # shards of tasks that killed their workers, to be tried alone
         self._deaths: Counter[int] = Counter()  # of workers, while trying this shard alone
-        self._kills_in_a_row = 0
+        self._kills_in_a_row = self._most_under_way = 0
         self._refused: Counter[int] = Counter()  # workers whose pipeline broke while they had this shard
         self._worked = False  # some worker has finished a task
         self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
@@ -258,15 +259,15 @@ class Driver:
         waited = time.monotonic() - since
         if waited >= patience():
             self.report.ended = (
-                f"the Dask cluster at {scheduler_address(self.client)} lost its last worker, and none came back within "
-                f"{patience():.0f} s. What was finished is kept: start workers and run the same again to go on from "
-                f"there, or wait longer with Dask's setting {WAIT_KEY}"
+                f"no worker that can do this job is left in the Dask cluster at {scheduler_address(self.client)}, and "
+                f"none came within {patience():.0f} s. What was finished is kept: start workers and run the same again "
+                f"to go on from there, or wait longer with Dask's setting {WAIT_KEY}"
             )
             return
         if since != self._told_of_absence:
             self._told_of_absence = since
-            log.warning("no worker is left; waiting %.0f s for one to come", patience())
-        self.bar.set_postfix_str(f"no worker is left, waiting {waited:.0f} of {patience():.0f} s")
+            log.warning("no worker is left for this job; waiting %.0f s for one to come", patience())
+        self.bar.set_postfix_str(f"no worker is left for this job, waiting {waited:.0f} of {patience():.0f} s")
 
     def _hand_out(self, limit: int | None) -> None:
         """Keep as much under way as the workers that are there can use; what killed workers waits for the end."""
@@ -313,6 +314,7 @@ class Driver:
             self._waiting.append(positions)
             raise SchedulerGone(str(error)) from None
         self._flights[str(future.key)] = _Flight(future, positions, only_on, alone)
+        self._most_under_way = max(self._most_under_way, len(self._flights))
         future.add_done_callback(self._finished.put)
 
     def _leave(self, shards: int) -> None:
@@ -422,7 +424,7 @@ class Driver:
 
     def _count_kill(self) -> None:
         self._kills_in_a_row += 1
-        if self._kills_in_a_row >= KILLS_IN_A_ROW + TASKS_UNDER_WAY * sum(self.workers.threads.values()):
+        if self._kills_in_a_row >= KILLS_IN_A_ROW + self._most_under_way:
             self.report.ended = (
                 f"workers die whatever they work on: {self._kills_in_a_row} tasks in a row killed every worker that "
                 "tried them. Look at the workers' logs; they may need more memory (memory_limit), smaller batches or "
@@ -437,7 +439,8 @@ class Driver:
         if error.had_begun:
             self._refused.update(flight.positions)
         broke_twice = any(self._refused[position] > 1 for position in flight.positions)
-        hopeless = not self.workers.fit or (not self._worked and len(self.workers.unfit) > 2)
+        others_may_come = bool(self.workers.fit) or (self._worked and not error.had_begun)
+        hopeless = not others_may_come or (not self._worked and len(self.workers.unfit) > 2)
         if broke_twice or hopeless:
             raise error.cause
         if not known:

@@ -103,7 +103,7 @@ class Workers:
 
     Attributes:
         threads: Dask threads of each worker that is there, by address.
-        unfit: address -> why that worker cannot do this run's job.
+        unfit: address -> why that worker, which is there, cannot do this run's job.
         most: workers at a time, at most.
         lost: how many have left.
         absent_since: when the last one that is fit left, on the monotonic clock; None while there are some.
@@ -128,6 +128,8 @@ class Workers:
         found = self._client.nthreads()
         self.lost += len(self.threads.keys() - found.keys())
         self.threads = dict(found)
+        # One that left and came back is another process.
+        self.unfit = {address: why for address, why in self.unfit.items() if address in found}
         self.most = max(self.most, len(found))
         self.absent_since = None if self.fit else (self.absent_since or now)
         return True
@@ -145,7 +147,7 @@ class Workers:
     @property
     def restriction(self) -> frozenset[str] | None:
         """Who may be given tasks where not everybody may; None where everybody may."""
-        return frozenset(self.fit) if self.unfit.keys() & self.threads.keys() else None
+        return frozenset(self.fit) if self.unfit else None
 
     def one_a_host(self) -> dict[str, str]:
         """Of every machine, one worker that is fit: host -> address."""

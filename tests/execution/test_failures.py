@@ -111,7 +111,7 @@ def test_every_heartbeat_carries_what_a_worker_does(scene: Any, tmp_path: Path) 
     with scene.cluster():
         thread = threading.Thread(target=look)
         thread.start()
-        report = failures.embed(scene.folder, tmp_path / "out", failures.Troubled(pause=0.2))
+        report = failures.embed(scene.folder, tmp_path / "out", failures.Troubled(pause=0.12))
         over.set()
         thread.join()
     assert max(figures["images"] for figures in seen) > 0
@@ -349,7 +349,7 @@ class Cluster:
 
 def test_workers_are_counted_as_they_come_and_go() -> None:
     a, b, c = "tcp://10.0.0.1:1", "tcp://10.0.0.1:2", "tcp://10.0.0.2:1"
-    seen = workers.Workers(Cluster({a: 2}, {a: 2, b: 2, c: 4}, {b: 2}, {}))  # type: ignore[arg-type]
+    seen = workers.Workers(Cluster({a: 2}, {a: 2, b: 2, c: 4}, {b: 2}, {b: 2, c: 4}, {}))  # type: ignore[arg-type]
     assert seen.look() and not seen.look(every=60)
     assert seen.restriction is None and seen.absent_since is None
     seen.look()
@@ -360,7 +360,9 @@ def test_workers_are_counted_as_they_come_and_go() -> None:
     assert seen.restriction is None, "the one that is not fit has left"
     assert (seen.most, seen.lost) == (3, 2)
     seen.look()
-    assert seen.absent_since is not None and seen.lost == 3
+    assert seen.fit == {b: 2, c: 4}, "it came back as another process"
+    seen.look()
+    assert seen.absent_since is not None and seen.lost == 4
 
 
 # -- figures ------------------------------------------------------------------------------------

@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 Picture = str | PathLike[str] | bytes | Image.Image
 T = TypeVar("T")
 
-IMAGENET = PreprocessSpec(
-    "shortest", (256, 256), (224, 224), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-)
+IMAGENET = PreprocessSpec("shortest", (256, 256), (224, 224), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """The preprocessing of an embedder that names none: bicubic to 256, centre crop 224, ImageNet's mean and std."""
 
 DECODERS = ("auto", "cpu", "dali")
@@ -307,9 +305,7 @@ class ImageEmbedder(BatchStep):
             precision = self._precision(device)
             with (
                 torch.inference_mode(),
-                torch.autocast(
-                    torch.device(device).type, dtype=torch.bfloat16, enabled=precision != "float32"
-                ),
+                torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision != "float32"),
             ):
                 output = torch.as_tensor(model(on_device))
             if output.ndim != 2 or len(output) != len(ids):

@@ -93,6 +93,9 @@ class OutputLock:
         if owner is not None and owner.get("token") == self.token:
             with suppress(OSError):
                 self.file.fs.rm_file(self.file.path)
+            if self.file.is_local:
+                with suppress(OSError):  # of a run that was refused nothing else is in there
+                    os.rmdir(self.file.parent)
 
     def _content(self) -> bytes:
         now = time.time()
@@ -114,8 +117,11 @@ class OutputLock:
             os.makedirs(self.file.parent, exist_ok=True)
             # Written aside and linked into place: a reader never sees half a lock, and only one link succeeds.
             aside = f"{self.file.path}.{self.token}"
-            with open(aside, "wb") as file:
-                file.write(self._content())
+            try:
+                with open(aside, "wb") as file:
+                    file.write(self._content())
+            except FileNotFoundError:  # a run that gave its lock back has taken the empty folder along
+                return False
             try:
                 os.link(aside, self.file.path)
             except FileExistsError:

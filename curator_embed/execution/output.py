@@ -17,7 +17,6 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -346,14 +345,6 @@ def _pieces(plan: TablePlan) -> Iterator[tuple[pa.Schema, Iterator[tuple[np.ndar
             yield from behind()
 
         yield parquet.schema_arrow, from_file()
-
-
-def merged_errors(old: pa.ChunkedArray | None, new: pa.Array) -> pa.Array:
-    """Reason codes of an earlier run, completed by this one's: a code once given stays."""
-    if old is None:
-        return new
-    flat = old.combine_chunks() if isinstance(old, pa.ChunkedArray) else old
-    return pc.coalesce(flat.cast(pa.string()), new)
 
 
 def vectors_to_list_array(vectors: np.ndarray, present: np.ndarray, value_type: pa.DataType) -> pa.Array:

@@ -119,6 +119,8 @@ def make_plan(
     steps = tuple(_settle(step, footers, cores, images) for step in job.steps)
     job = dataclasses.replace(job, steps=steps)
     surveys = [survey(job, shard, limit, seen) for shard, seen in zip(shards, looks, strict=True)]
+    needed = {position for found in surveys for position in found.todo}
+    job = dataclasses.replace(job, not_needed=frozenset(range(len(steps))) - needed)
     plan = RunPlan(job, list(shards), surveys)
     left = [known[position] for position in plan.todo]
     plan.rows = sum(rows or 0 for rows in left)
@@ -291,7 +293,14 @@ def execute(
         with _stop_requests() as stop:
             Driver(client, plan, report, limit, stop, locks).run(progress)
         report.wall_seconds = time.perf_counter() - started
-        if not any(lock.lost.is_set() for lock in locks):  # else they may be the next run's
+        lost = next((lock for lock in locks if lock.lost.is_set()), None)
+        if lost is not None and report.shards["left"]:
+            report.stopped = False
+            report.ended = (
+                f"{lost.file.path}: the lock is no longer this run's: it could not be renewed, or another run took it. "
+                "Shards that were finished are kept; see that no other run writes there and run again"
+            )
+        if lost is None:  # else they may be the next run's
             for target in targets:
                 clear_temporaries(target, own)  # of workers that died meanwhile
         _keep(report, folder)

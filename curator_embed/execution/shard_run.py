@@ -66,6 +66,7 @@ class ShardJob:
         model_threads: the forward pass's own threads on a CPU.
         storage_options: for fsspec.
         must_see: files on local disks that a worker must find at these paths, or it is on another disk.
+        not_needed: positions of steps whose columns every shard has already; their models are not loaded.
     """
 
     steps: tuple[Step, ...]
@@ -80,6 +81,7 @@ class ShardJob:
     model_threads: int | None = None
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     must_see: tuple[str, ...] = ()
+    not_needed: frozenset[int] = frozenset()
 
     @cached_property
     def recipes(self) -> tuple[dict[str, Any], ...]:
@@ -367,6 +369,11 @@ class ShardRun:
             self.report = ShardReport.of_finished(self.shard.name, found.footer)
             return False
         self.todo, self.footer = found.todo, found.footer
+        if lacking := self.job.not_needed & set(self.todo):
+            columns = ", ".join(name for position in sorted(lacking) for name in self.job.steps[position].columns())
+            raise SourceError(
+                self.job.target(self.shard), f"has lost {columns} since the run began", "Run again to make it anew"
+            )
         failpoint("shard.started")
         self.fingerprint = self.shard.fingerprint()
         self.table = self._read_ids()

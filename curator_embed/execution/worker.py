@@ -42,12 +42,14 @@ def build_pipeline(job: ShardJob, on_images: Callable[[int], None] | None = None
     models = {
         position: step.load_model(job.device, job.model_threads)
         for position, step in enumerate(job.steps)
-        if isinstance(step, BatchStep) and not getattr(step, "reads_own_shards", False)
+        if isinstance(step, BatchStep)
+        and not getattr(step, "reads_own_shards", False)
+        and position not in job.not_needed
     }
     return Pipeline(
         build_engine(job),
         models,
-        [position for position in range(len(job.steps)) if position not in models],
+        [position for position in range(len(job.steps)) if position not in models and position not in job.not_needed],
         threads=job.decode_threads,
         on_images=on_images,
     )

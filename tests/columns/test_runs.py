@@ -15,8 +15,11 @@ from PIL import Image
 
 from curator_embed.columns import ImageHasher, ImageProperties
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.errors import UsageError
+from curator_embed.errors import SourceError, UsageError
 from curator_embed.execution import engines
+from curator_embed.execution.shard_run import ShardJob, ShardRun
+from curator_embed.execution.worker import build_pipeline
+from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import Step
 from tests.rows import assert_embedded, table_rows, tar_images
 from tests.shards import write_dataset
@@ -47,6 +50,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
     counting(engines, "decode", "decodes")
     counting(ColourModel, "__call__", "batches")
+    counting(ColourEmbedder, "load_model", "models")
     counting(ImageHasher, "measure", "hashes")
     yield counted
 
@@ -67,7 +71,7 @@ def hashes_of(encoded: bytes) -> dict[str, str]:
 def test_embeddings_hashes_and_properties_share_one_decode(source: Path, work: Counter[str], tmp_path: Path) -> None:
     report = save(source, ImageProperties(), ColourEmbedder(), ImageHasher(), output=tmp_path / "out")
     assert (report.read, report.embedded, report.failed, report.no_image) == (14, 11, 1, 2)
-    assert work["decodes"] == 12
+    assert (work["decodes"], work["models"]) == (12, 1)
     rows, images = table_rows(tmp_path / "out"), tar_images(source)
     for key, row in rows.items():
         if row["image_error"] is not None:
@@ -91,6 +95,17 @@ def test_hashes_added_in_place_embed_nothing_again(source: Path, work: Counter[s
         assert row["image_embedding"] == embedded[key]
         if row["image_error"] is None:
             assert row["phash"] == hashes_of(images[key])["phash"]
+
+
+def test_a_column_lost_while_its_model_is_not_loaded(source: Path, tmp_path: Path) -> None:
+    (shard, *_) = find_shards(str(source))
+    job = ShardJob((ColourEmbedder(),), "key", output=str(tmp_path / "out"), not_needed=frozenset({0}))
+    pipeline = build_pipeline(job)
+    try:
+        with pytest.raises(SourceError, match="has lost image_embedding since the run began"):
+            ShardRun(job, shard, pipeline).begin()
+    finally:
+        pipeline.close()
 
 
 def test_only_the_missing_kind_is_computed(source: Path, work: Counter[str]) -> None:

@@ -117,9 +117,9 @@ def test_a_lock_that_cannot_be_renewed_is_lost_once_it_expires(tmp_path: Path, m
 
 def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "_curator_embed"
-    folder.mkdir()
     content = {"token": "x", "host": socket.gethostname(), "pid": 2**22, "process_started": 0.0}
     for scope, blocked in ((lock_module._pid_scope(), False), ("another boot pid:[1]", True)):
+        folder.mkdir(exist_ok=True)
         (folder / "lock.json").write_text(json.dumps({**content, "pid_scope": scope, "expires": time.time() + 60}))
         if blocked:
             with pytest.raises(OutputLocked, match=socket.gethostname()):

@@ -14,7 +14,7 @@ import pytest
 
 from curator_embed import get_client
 from curator_embed.datasets import ImageTextPairDataset, saving
-from curator_embed.errors import CuratorEmbedError
+from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution import run
 from curator_embed.execution.lock import OutputLock, OutputLocked
 from curator_embed.execution.output import Location
@@ -91,9 +91,18 @@ def test_a_run_that_lost_its_lock_removes_no_temporaries(
         theirs.write_bytes(b"the next run's")
 
     monkeypatch.setattr(run.Driver, "run", lose)
-    with pytest.raises(RunStopped):
+    with pytest.raises(RunStopped, match=r"lock\.json: the lock is no longer this run's"):
         opened(folder).save_metadata(progress=False)
     assert theirs.exists()
+
+
+def test_a_refused_run_leaves_nothing_behind(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    folder = write_dataset(tmp_path / "in", wheel_photos, shards=1, samples=2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000.parquet").write_bytes(b"somebody's")
+    with pytest.raises(UsageError):
+        opened(folder).save_metadata(str(tmp_path / "out"), progress=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000.parquet"]
 
 
 def test_assigned_columns_are_written_under_the_lock(

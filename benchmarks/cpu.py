@@ -38,7 +38,7 @@ from curator_embed.execution.engines import CpuEngine
 from curator_embed.execution.pipeline import Pipeline
 from curator_embed.execution.shard_run import ShardJob, ShardRun
 from curator_embed.sources.webdataset import find_shards
-from curator_embed.steps import BatchModel
+from curator_embed.steps import BatchModel, Step
 
 
 class NormaliseOnly(BatchModel):
@@ -94,8 +94,13 @@ def data_loader(paths: list[Path], embedder: TimmImageEmbedder, workers: int) ->
 
 def data_path(folder: Path, embedder: TimmImageEmbedder, threads: int) -> int:
     """Our pipeline with a model that does nothing, from tars, without writing."""
-    job = ShardJob((embedder,), "key", output="/nonexistent", decode_threads=threads)
-    pipeline = Pipeline(CpuEngine(job.steps), {0: NormaliseOnly(embedder)}, threads=threads)
+    return run_step(folder, embedder, {0: NormaliseOnly(embedder)}, threads)
+
+
+def run_step(folder: Path, step: Step, models: dict[int, BatchModel], threads: int) -> int:
+    """One step through our pipeline, from tars, without writing."""
+    job = ShardJob((step,), "key", output="/nonexistent", decode_threads=threads)
+    pipeline = Pipeline(CpuEngine(job.steps), models, [] if models else [0], threads=threads)
     count = 0
     try:
         runs = []

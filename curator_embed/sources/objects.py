@@ -233,7 +233,7 @@ def _is_final(exc: Exception) -> bool:
 def _unread(path: str, exc: Exception) -> Unread:
     if isinstance(exc, PermissionError):
         return Unread(Reason.READ_ERROR, "access denied")
-    if isinstance(exc, FileNotFoundError) and "bucket" in str(exc):
+    if isinstance(exc, FileNotFoundError) and "bucket does not exist" in str(exc):  # of which a name may be part
         return Unread(Reason.READ_ERROR, "the bucket does not exist")
     if isinstance(exc, FileNotFoundError | NotADirectoryError):
         return Unread(Reason.NOT_FOUND, "does not exist")

@@ -41,7 +41,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 def test_names_that_urls_must_quote(server: str, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("".join(f"web/{name}\n" for name in (*NAMES, "gone.jpg")))
+    (tmp_path / "list.txt").write_text("".join(f"web/{name}\n" for name in (*NAMES, "bucket/gone.jpg")))
     (shard,) = find_lines(tmp_path / "list.txt", root=server, dataset="web")
     found = list(shard.samples(id_col="path"))
     assert [s.image for s in found] == [*(name.encode() for name in NAMES), None]

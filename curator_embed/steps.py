@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from curator_embed.datasets import ImageTextPairDataset
     from curator_embed.decoding.image import DecodedImage
+    from curator_embed.decoding.spec import PreprocessSpec
 
 
 class Step(ABC):
@@ -51,6 +52,10 @@ class BatchStep(Step):
     @abstractmethod
     def prepare(self, image: DecodedImage) -> torch.Tensor:
         """Resize and crop one image to the model's input, uint8 (3, H, W); runs in a decode thread."""
+
+    def pixels(self) -> PreprocessSpec | None:
+        """The preprocessing where ``prepare`` does that and nothing else, so that another decoder may do it instead."""
+        return None
 
     @abstractmethod
     def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> BatchStep:

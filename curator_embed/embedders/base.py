@@ -251,6 +251,12 @@ class ImageEmbedder(BatchStep):
         """Resize and crop one image: uint8 (3, H, W), or what an opaque transform makes. Runs on one thread."""
         return cpu.prepare(image.rgb, self.spec, self.limits)
 
+    def pixels(self) -> PreprocessSpec | None:
+        """The spec, of an embedder whose images no method of its own must see."""
+        if self.reads_own_shards or type(self).prepare is not ImageEmbedder.prepare:
+            return None
+        return self.spec if isinstance(self.spec, PreprocessSpec) else None
+
     def load_model(self, device: str, threads: int | None = None) -> ModelRunner:
         """Build the model for this device.
 

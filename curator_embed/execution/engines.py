@@ -11,13 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from curator_embed.decoding.pillow import Limits, decode
-from curator_embed.decoding.spec import PreprocessSpec
 from curator_embed.errors import CuratorEmbedError, ImageError, Reason, UsageError
 from curator_embed.execution.pipeline import Prepared
 from curator_embed.steps import BatchStep, ImageStep, Step
 
 if TYPE_CHECKING:
     from curator_embed.decoding.dali import Admitted
+    from curator_embed.decoding.spec import PreprocessSpec
 
 log = logging.getLogger(__name__)
 
@@ -145,14 +145,11 @@ class DaliEngine:
 
 
 def _spec_for_dali(step: Step) -> PreprocessSpec | None:
-    """The spec of an embedder whose ``prepare`` does that and nothing else; None for steps that must see the image."""
+    """What DALI can do in a step's place; None for steps that must see the image."""
     from curator_embed.decoding.dali import FILTERS
-    from curator_embed.embedders.base import ImageEmbedder
 
-    if not isinstance(step, ImageEmbedder) or step.reads_own_shards or type(step).prepare is not ImageEmbedder.prepare:
-        return None
-    spec = step.spec
-    return spec if isinstance(spec, PreprocessSpec) and spec.interpolation in FILTERS else None
+    spec = step.pixels() if isinstance(step, BatchStep) else None
+    return spec if spec is not None and spec.interpolation in FILTERS else None
 
 
 def decode_options(steps: Sequence[Step]) -> tuple[Limits, bool]:

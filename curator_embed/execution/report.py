@@ -202,9 +202,10 @@ class RunReport:
 
     def __str__(self) -> str:
         """The closing table a person reads."""
+        with_model = any(self.settings.values())
         lines = [
             f"rows read      {self.read:>12,}",
-            f"  embedded     {self.embedded:>12,}",
+            f"  {'embedded' if with_model else 'measured'}     {self.embedded:>12,}",
             f"  failed       {self.failed:>12,}",
             *(f"    {reason:<18}{count:>7,}" for reason, count in self.reasons.items()),
             f"  no image     {self.no_image:>12,}",
@@ -218,7 +219,8 @@ class RunReport:
         if self.images_this_run:
             lines.append(f"speed          {self.images_per_second:>12,.1f} images/s over {self.wall_seconds:,.1f} s")
             total = self._all_seconds()
-            parts = [f"{stage} {self.time[stage] / total:.0%}" for stage in StageClock.STAGES if total > 0]
+            stages = StageClock.STAGES if with_model else ("read", "decode", "write")
+            parts = [f"{stage} {self.time[stage] / total:.0%}" for stage in stages if total > 0]
             lines.append(f"busy           {', '.join(parts)}  (of the wall time; threads add up)")
             encoded, ready = self.waiting("encoded")["mean"], self.waiting("ready")["mean"]
             waited = [f"{encoded:,.0f} images waited to be decoded"]

@@ -30,6 +30,9 @@ def test_columns_then_a_model(source: Path, tmp_path: Path, capsys: pytest.Captu
     assert status("columns", source, "--hash", "phash", "--hash", "sha256", "--json") == 0
     assert json.loads(capsys.readouterr().out)["read"] == 3
     hashed = table_rows(source)
+    assert status("columns", source, "--hash", "ahash") == 0
+    said = capsys.readouterr().out
+    assert "measured                3" in said and "embedded" not in said and "model" not in said
     assert all(len(row["phash"]) == 16 and len(row["image_sha256"]) == 64 for row in hashed.values())
 
     model = ("--model", "test_vit.r160_in1k", "--batch-size", "2", "--quiet")

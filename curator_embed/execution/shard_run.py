@@ -403,6 +403,12 @@ class ShardRun:
                     f"has no column '{self.job.id_col}'",
                     f"Choose the id column with id_col= (it has: {', '.join(schema.names[:12])})",
                 )
+            if schema.names.count(self.job.id_col) > 1:
+                raise SourceError(
+                    path,
+                    f"has {schema.names.count(self.job.id_col)} columns named '{self.job.id_col}'",
+                    "Rename all but one of them, or choose another id column with id_col=",
+                )
             ours = ERROR_COLUMN in schema.names and self._old_codes_hold(Footer.of(schema))
             columns = [self.job.id_col, *([ERROR_COLUMN] if ours else [])]
             table = parquet.read(columns=columns, use_threads=False)

@@ -347,6 +347,13 @@ def test_a_table_without_the_id_column(tmp_path: Path, source: Path) -> None:
     assert {p.name: p.read_bytes() for p in source.glob("*.parquet")} == before
 
 
+def test_a_table_with_two_id_columns(tmp_path: Path, source: Path) -> None:
+    keys = pq.read_table(source / "00000.parquet").column("key")
+    pq.write_table(pa.table([keys, keys], names=["key", "key"]), source / "00000.parquet")
+    with pytest.raises(RunStopped, match=r"00000\.parquet: has 2 columns named 'key'\. Rename"):
+        save(source, tmp_path / "out")
+
+
 def test_no_id_in_common_is_told(tmp_path: Path, wheel_photos: list[Path]) -> None:
     folder = one_shard(
         tmp_path / "in", [("0.jpg", crops(wheel_photos[0], 1)[0])], pa.table({"key": ["sha-1", "sha-2"]})

@@ -25,6 +25,7 @@ from curator_embed.execution.output import (
     Location,
     NewColumn,
     TablePlan,
+    TargetChanged,
     Token,
     collect_table,
     vectors_to_list_array,
@@ -457,7 +458,11 @@ class ShardRun:
     # -- finish --------------------------------------------------------------------------
 
     def finish(self) -> ShardReport:
-        """Wait for the values, pair them with the rows, write the file."""
+        """Wait for the values, pair them with the rows, write the file.
+
+        Raises:
+            TargetChanged: the file was replaced meanwhile, and not by who made the same of the same shard.
+        """
         assert self.opened is not None
         try:
             own = {p: self._run_own_reader(p) for p in self.todo if _reads_itself(self.job.steps[p])}
@@ -468,6 +473,13 @@ class ShardRun:
                 table = self.table
                 expected = table.token if self.job.output is None and table.location is not None else self.target_token
                 write_table(plan, self.target, expected)
+        except TargetChanged:
+            # A run whose driver died may have workers that finish what they have, and Dask may run a task twice.
+            found = survey(self.job, self.shard, self.limit)
+            if not found.done:
+                raise
+            notes, self.report = self.report.notes, ShardReport.of_finished(self.shard.name, found.footer)
+            self.report.notes = notes
         finally:
             self.abandon()
         failpoint("shard.finished")

@@ -5,6 +5,7 @@ The scenes are those of benchmarks/failures.py, small; they assert their outcome
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,9 +24,11 @@ from benchmarks import failures
 from benchmarks.failures import Scene
 from curator_embed.datasets import ImageTextPairDataset, saving
 from curator_embed.execution import driver, worker, workers
-from curator_embed.execution.pipeline import Gauge
+from curator_embed.execution.output import TargetChanged
+from curator_embed.execution.pipeline import Gauge, Pipeline
 from curator_embed.execution.report import RunReport, bottleneck
 from curator_embed.execution.run import RunStopped
+from curator_embed.execution.shard_run import ShardRun
 from curator_embed.execution.worker import METRICS, PipelineKeeper
 from curator_embed.steps import BatchModel
 from tests.command import REPO
@@ -335,6 +338,44 @@ def test_a_keeper_answers_heartbeats_when_nothing_runs(nobody: LocalCluster) -> 
 
     Client.current().run(keep)
     assert list(Client.current().run(ask).values()) == [{}]
+
+
+@pytest.fixture
+def pipeline(source: Path, tmp_path: Path) -> Iterator[Pipeline]:
+    built = worker.build_pipeline(dataset_of(source).job(str(tmp_path / "out")))
+    yield built
+    built.close()
+
+
+def dataset_of(source: Path, version: int = 1) -> ImageTextPairDataset:
+    return ColourEmbedder(version=version)(ImageTextPairDataset.from_webdataset(str(source)))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_somebody_else_finished_meanwhile_is_finished(
+    in_place: bool, pipeline: Pipeline, source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "in"))
+    dataset = dataset_of(folder)
+    job = dataset.job(None if in_place else str(tmp_path / "out"))
+    runs = [ShardRun(job, dataset.shards[0], pipeline) for _ in range(2)]
+    assert all(run.begin() for run in runs)
+    first, second = (run.finish() for run in runs)
+    assert not first.skipped and second.skipped
+    assert second.counts() == first.counts() and first.embedded == 4
+
+
+def test_what_somebody_else_made_meanwhile_in_another_way_is_left_as_it_is(
+    pipeline: Pipeline, source: Path, tmp_path: Path
+) -> None:
+    ours, others = (dataset_of(source, version) for version in (1, 2))
+    mine, theirs = (ShardRun(data.job(str(tmp_path / "out")), data.shards[0], pipeline) for data in (ours, others))
+    assert mine.begin() and theirs.begin()
+    theirs.finish()
+    before = (tmp_path / "out" / "00000.parquet").read_bytes()
+    with pytest.raises(TargetChanged):
+        mine.finish()
+    assert (tmp_path / "out" / "00000.parquet").read_bytes() == before
 
 
 class Cluster:

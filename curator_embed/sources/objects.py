@@ -124,7 +124,7 @@ class _Reader:
             fs, inner = self._open(path)
             if fs.async_impl and not fs.asynchronous:
                 self._ahead = max(self._ahead, self.policy.in_flight)
-                first = self._shortcut(inner) if set(_S3) & set(fs.protocol) else None
+                first = self._shortcut(fs, inner) if set(_S3) & set(fs.protocol) else None
                 future = asyncio.run_coroutine_threadsafe(_read_async(fs, inner, path, self.policy, first), fs.loop)
             else:
                 future = self._in_thread(_read_blocking, fs, inner, path, self.policy)
@@ -152,10 +152,10 @@ class _Reader:
             self._pool = ThreadPoolExecutor(self.policy.threads, thread_name_prefix="read-files")
         return self._pool.submit(read, *arguments)
 
-    def _shortcut(self, inner: str) -> FastBucket | None:
+    def _shortcut(self, fs: AbstractFileSystem, inner: str) -> FastBucket | None:
         bucket = inner.partition("/")[0]
         if bucket not in self._buckets:
-            self._buckets[bucket] = fast_bucket(bucket, self.options)
+            self._buckets[bucket] = fast_bucket(bucket, fs.storage_options)  # fsspec's own configuration included
         found = self._buckets[bucket]
         return found if found is not None and found.useful else None
 
@@ -197,10 +197,8 @@ async def _read_async(fs: Any, inner: str, path: str, policy: ReadPolicy, first:
             found = await asyncio.wait_for(first.read(inner.partition("/")[2]), policy.timeout)
             if found is not None:
                 return found
-        except PermissionError as exc:
-            return _unread(path, exc)
         except TimeoutError:
-            pass
+            first.count_failure()
     # s3fs asks for an object's size first, unless told that it will not be read in pieces.
     whole = {"max_concurrency": 1} if set(_S3) & set(fs.protocol) else {}
     for attempt in range(policy.retries + 1):

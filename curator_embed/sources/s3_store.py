@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +26,13 @@ _CREDENTIALS_FOR = timedelta(minutes=5)
 _UNDERSTOOD = {"endpoint_url", "anon", "key", "secret", "token", "client_kwargs", "config_kwargs"}
 _UNDERSTOOD_CLIENT = {"region_name", "endpoint_url"}
 _UNDERSTOOD_CONFIG = {"connect_timeout", "read_timeout", "retries", "max_pool_connections", "proxies"}
+_MEANS_THE_SAME = re.compile(
+    r"AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|SECURITY_TOKEN|REGION|DEFAULT_REGION|PROFILE|DEFAULT_PROFILE"
+    r"|CONFIG_FILE|SHARED_CREDENTIALS_FILE|EC2_METADATA_\w+|METADATA_SERVICE_\w+|ROLE_\w+|WEB_IDENTITY_TOKEN_FILE"
+    r"|CONTAINER_\w+|EXECUTION_ENV|RETRY_MODE|MAX_ATTEMPTS|DEFAULT_OUTPUT|PAGER|SDK_\w+|STS_\w+|DATA_PATH|CA_BUNDLE|LAMBDA_\w+)"
+)
+"""Variables of the environment that are answered here as botocore would, or that reading an object does not depend on.
+obstore reads many more, some of which botocore does not know or understands otherwise."""
 
 
 class FastBucket:
@@ -38,25 +47,30 @@ class FastBucket:
         """Whether to ask at all."""
         return self._succeeded or self._failures < GIVE_UP_AFTER
 
+    def count_failure(self) -> None:
+        """This way did not give an object that may well be there."""
+        self._failures += 1
+
     async def read(self, key: str) -> bytes | None:
-        """A whole object; None when it must be read another way.
+        """A whole object; None when it must be read another way."""
+        from obstore.exceptions import NotFoundError
 
-        Raises:
-            PermissionError: the server refuses to give it.
-        """
-        from obstore.exceptions import NotFoundError, PermissionDeniedError
-
+        if not reads_as_written(key):
+            return None
         try:
             data = bytes(await (await self._store.get_async(key)).bytes_async())
-        except PermissionDeniedError as error:
-            raise PermissionError("access denied") from error
         except NotFoundError:  # the object, or the bucket
             return None
         except Exception:  # what is wrong, and whether to try again, is for the other way to find out
-            self._failures += 1
+            self.count_failure()
             return None
         self._succeeded = True
         return data
+
+
+def reads_as_written(key: str) -> bool:
+    """Whether obstore asks for just this key: it drops a slash at the beginning, and refuses empty and dot segments."""
+    return not {"", ".", ".."} & set(key.split("/"))
 
 
 def fast_bucket(bucket: str, options: Mapping[str, Any]) -> FastBucket | None:
@@ -64,9 +78,15 @@ def fast_bucket(bucket: str, options: Mapping[str, Any]) -> FastBucket | None:
 
     Made once for a bucket and its options: connections are kept.
     """
+    if any(name.startswith("AWS_") and not _MEANS_THE_SAME.fullmatch(name) for name in os.environ):
+        return None
     try:
-        return _made(bucket, json.dumps(dict(options), sort_keys=True), os.getpid())
+        text = json.dumps(dict(options), sort_keys=True)
     except TypeError:  # options that are no plain values: a session, a class
+        return None
+    try:
+        return _made(bucket, text, os.getpid())
+    except Exception:  # whatever obstore or botocore make of the options, s3fs will say better
         return None
 
 
@@ -103,6 +123,9 @@ def _make(bucket: str, options: str, process: int) -> FastBucket | None:
             return None  # obstore would use the environment's
         if proxy:
             http["proxy_url"] = proxy
+    bundle = os.environ.get("AWS_CA_BUNDLE")
+    if bundle and not http["allow_http"]:
+        http["root_certificate"] = Path(bundle).read_bytes()
     if endpoint:
         asked |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
     # One attempt: what fails is tried again through fsspec.
@@ -111,24 +134,20 @@ def _make(bucket: str, options: str, process: int) -> FastBucket | None:
 
 def _asked_of_aws(given: Mapping[str, Any], client: Mapping[str, Any]) -> dict[str, Any] | None:
     """Region and credentials as botocore, and so s3fs, finds them; None where it finds something else as well."""
-    from botocore.exceptions import BotoCoreError
+    from botocore.credentials import Credentials
     from botocore.session import Session
 
     session = Session()
-    try:
-        profile = session.get_scoped_config()
-    except BotoCoreError:
+    profile = session.get_scoped_config()
+    if {"endpoint_url", "services", "s3", "use_fips_endpoint", "use_dualstack_endpoint", "ca_bundle"} & set(profile):
         return None
-    if {"endpoint_url", "services", "s3"} & set(profile):
-        return None
-    region = client.get("region_name") or session.get_config_variable("region")
-    asked: dict[str, Any] = {"region": region} if region else {}
+    region = client.get("region_name") or session.get_config_variable("region") or "us-east-1"
     if given.get("anon"):
-        return {**asked, "skip_signature": True}
+        return {"region": region, "skip_signature": True}
     if given.get("key") and given.get("secret"):
-        secrets = {"access_key_id": given["key"], "secret_access_key": given["secret"]}
-        return {**asked, **secrets, **({"token": given["token"]} if given.get("token") else {})}
-    credentials = session.get_credentials()
+        credentials: Any = Credentials(given["key"], given["secret"], given.get("token"))
+    else:
+        credentials = session.get_credentials()
     if credentials is None:
         return None
 
@@ -141,4 +160,5 @@ def _asked_of_aws(given: Mapping[str, Any], client: Mapping[str, Any]) -> dict[s
             "expires_at": datetime.now(UTC) + _CREDENTIALS_FOR,
         }
 
-    return {**asked, "credential_provider": current}
+    # Through a provider in any case: beside plain keys obstore would take a token that the environment has.
+    return {"region": region, "credential_provider": current}

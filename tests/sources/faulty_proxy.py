@@ -9,6 +9,7 @@ import http.client
 import threading
 import time
 from collections.abc import Callable
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
@@ -35,9 +36,9 @@ class FaultyProxy:
         target: str,
         choose: Chooser = lambda n, method, path: "",
         stall: float = 3.0,
-        by_agent: Callable[[int, str, str, str], Fault] | None = None,
+        by_headers: Callable[[int, Message], Fault] | None = None,
     ) -> None:
-        self.target, self.choose, self.stall, self.by_agent = urlsplit(target), choose, stall, by_agent
+        self.target, self.choose, self.stall, self.by_headers = urlsplit(target), choose, stall, by_headers
         self.requests: list[tuple[str, str]] = []
         self.faults = self.most = self._now = 0
         self._lock = threading.Lock()
@@ -72,8 +73,8 @@ class FaultyProxy:
                     proxy.most = max(proxy.most, proxy._now)
                 try:
                     fault = proxy.choose(number, self.command, path)
-                    if proxy.by_agent is not None:
-                        fault = proxy.by_agent(number, self.command, path, self.headers.get("User-Agent", ""))
+                    if proxy.by_headers is not None:
+                        fault = proxy.by_headers(number, self.headers)
                     self.answer(path, fault)
                 except OSError:
                     self.close_connection = True  # the client has gone

@@ -61,7 +61,7 @@ class ClusterConfig:
     threads_per_worker: int = 2
     wait_for_workers: int = 1
     wait_seconds: float = 600
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     path: str = "<config>"
 
     def __post_init__(self) -> None:
@@ -190,11 +190,9 @@ def _config(said: Mapping[Any, Any], path: str) -> ClusterConfig:
             )
         if name in values:
             raise UsageError(f"{path}: {key}: '{name}' is given twice, under two names; keep one")
-        if not fields[name].metadata.get("on_the_node"):
-            value = _expanded(value, path, key)
-        if not _fits(value, hints[name]):
+        if not _fits(value, hints[name]):  # shown as it is written: a variable's value may be a secret
             raise UsageError(f"{path}: {key}: must be {_described(hints[name])}, and is {value!r}{_hint(value)}")
-        values[name] = value
+        values[name] = value if fields[name].metadata.get("on_the_node") else _expanded(value, path, key)
     needed = [
         name for name, item in fields.items() if item.default is MISSING and item.default_factory is MISSING
     ]  # fmt: skip

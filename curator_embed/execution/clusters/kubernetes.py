@@ -91,7 +91,7 @@ class KubernetesConfig(ClusterConfig):
     memory: str = "16Gi"
     scheduler_cpu: float = 1
     scheduler_memory: str = "4Gi"
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     secret_env: Mapping[str, str] = field(default_factory=dict)
     secrets: Sequence[str] = ()
     service_account: str | None = None

@@ -39,7 +39,7 @@ class SshConfig(ClusterConfig):
     nodes: int = 0
     hosts: Sequence[str]
     scheduler_host: str | None = None
-    connect_options: Mapping[str, Any] = field(default_factory=dict)
+    connect_options: Mapping[str, Any] = field(default_factory=dict, repr=False)
     python: str | None = None
     memory_per_node: str | None = None
     interface: str | None = None

@@ -16,6 +16,7 @@ import dask
 from dask.system import cpu_count
 from dask.utils import parse_timedelta
 from distributed import Client
+from distributed.comm import CommClosedError
 from distributed.comm.addressing import get_address_host
 
 from curator_embed.errors import CuratorEmbedError
@@ -74,15 +75,20 @@ def wait_for_worker(client: Client) -> None:
 
 
 def ask_workers(client: Client, question: Callable[[], Answer]) -> dict[str, Answer]:
-    """Every worker's answer by its address; workers that die meanwhile give none, and at least one answers."""
+    """Every worker's answer by its address; workers that die meanwhile give none, and at least one answers.
+
+    Raises:
+        BaseException: what the question raised, when no worker has an answer.
+    """
     while True:
         wait_for_worker(client)
         answers = client.run(question, on_error="return")
         found = {address: answer for address, answer in answers.items() if not isinstance(answer, BaseException)}
         if found:
             return found
-        for error in answers.values():
-            if not isinstance(error, OSError):  # else the worker has gone
+        there = client.nthreads()
+        for address, error in answers.items():
+            if address in there and not isinstance(error, CommClosedError):  # else the worker has gone, or is going
                 raise error
 
 

@@ -19,6 +19,7 @@ import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster, get_worker
+from distributed.comm import CommClosedError
 
 from benchmarks import failures
 from benchmarks.failures import Scene
@@ -376,6 +377,38 @@ def test_what_somebody_else_made_meanwhile_in_another_way_is_left_as_it_is(
     with pytest.raises(TargetChanged):
         mine.finish()
     assert (tmp_path / "out" / "00000.parquet").read_bytes() == before
+
+
+def no_library() -> None:
+    raise OSError("libcudart.so.12: cannot open shared object file")
+
+
+def test_what_a_question_raises_on_all_workers_is_raised(nobody: LocalCluster) -> None:
+    nobody.scale(2)
+    Client.current().wait_for_workers(2)
+    with pytest.raises(OSError, match=r"libcudart\.so"):
+        workers.ask_workers(Client.current(), no_library)
+
+
+class Asked:
+    """What ``ask_workers`` asks a client: the first worker gives an error, the next an answer."""
+
+    def __init__(self, error: OSError, there: list[str]) -> None:
+        self.answers: list[dict[str, Any]] = [{"old": error}, {"new": 4}]
+        self.there = there
+
+    def nthreads(self) -> dict[str, int]:
+        return dict.fromkeys(self.there, 1)
+
+    def run(self, question: Any, on_error: str) -> dict[str, Any]:
+        return self.answers.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("error", "there"), [(CommClosedError("going"), ["old", "new"]), (OSError("cannot connect"), ["new"])]
+)
+def test_others_are_asked_when_a_worker_goes_before_it_answers(error: OSError, there: list[str]) -> None:
+    assert workers.ask_workers(Asked(error, there), int) == {"new": 4}  # type: ignore[arg-type]
 
 
 class Cluster:

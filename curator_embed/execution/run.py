@@ -31,7 +31,7 @@ from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.output import Location, clear_temporaries
 from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.shard_run import TO_PAIR_BY, ShardJob, Survey, look, survey
+from curator_embed.execution.shard_run import LACKS_COLUMNS, TO_PAIR_BY, ShardJob, Survey, look, survey
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.files import fingerprint, is_folder, is_remote, list_files, local_path, redact
 from curator_embed.sources.path_list import cut_otherwise
@@ -231,6 +231,8 @@ def check_plan(plan: RunPlan) -> None:
         more = f" ({alike} more files like it)" if alike else ""
         if plan.overlapping:
             raise UsageError(f"{path}: {why}{more}. Nothing was changed. Remove it, or write into another folder")
+        if LACKS_COLUMNS in why:
+            raise UsageError(f"{path}: {why}{more}. Nothing was changed")
         if TO_PAIR_BY in why:
             raise UsageError(f"{why}{more}. Nothing was changed")
         raise UsageError(
@@ -288,7 +290,7 @@ def execute(
         check_plan(plan)
         for target in targets:
             clear_temporaries(target, own)
-        report = RunReport(settings=plan.settings, certificate=certificate or {})
+        report = RunReport(settings=plan.settings, certificate=certificate or {}, notes=_carried_over(job, shards))
         started = time.perf_counter()
         with _stop_requests() as stop:
             Driver(client, plan, report, limit, stop, locks).run(progress)
@@ -316,6 +318,16 @@ def _must_see(shard: Shard, lock: OutputLock) -> tuple[str, ...]:
     proofs = [] if first is None or is_remote(first) else [local_path(first)]
     proofs += [lock.file.path] if lock.file.is_local else []
     return tuple(path for path in proofs if os.path.exists(path))
+
+
+def _carried_over(job: ShardJob, shards: Sequence[Shard]) -> list[str]:
+    """Tables that lie beside the images by default bring their columns along: say so where nobody may expect it."""
+    table = shards[0].table_path()
+    if job.output is None or job.select is not None or table is None or not shards[0].by_position:
+        return []
+    if table != shards[0].own_table():
+        return []
+    return [f"the columns of {redact(table.rpartition('/')[0])} are carried over; columns= chooses others"]
 
 
 def _output_folder(job: ShardJob, shard: Shard) -> Location:

@@ -235,10 +235,13 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
     if there is not None:
         footer, options = Footer.of(there), job.output_options(limit)
         found = _status(there, job, seen)
-        same_rows = footer.table.get("rows") == (None if table is None else seen.table_rows)
+        written_from, now = footer.table.get("rows"), None if table is None else seen.table_rows
+        # An output without a table behind it has the rows of its own that a table made since may have, too.
+        same_rows = now == (footer.counts.get("read") if written_from is None and table is not None else written_from)
         # A limited run writes whole shards as any run does; only the last one is cut.
         whole = {name: value for name, value in options.items() if name != "limit"}
-        if footer.output in (options, whole) and not found.todo and not found.conflict and same_rows:
+        finished = footer.output in (options, whole) and not found.todo and not found.conflict and same_rows
+        if finished and not (job.overwrite and shard.by_position and _not_found(footer)):
             return Survey((), True, "", footer, seen.target_rows)
     if table is not None and _same_file(job.target(shard), table, job):
         return Survey(
@@ -254,9 +257,14 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
         elif footer.output != options:
             why = f"was written with other options ({footer.output} there, {options} now)"
         elif not same_rows:
-            why = f"was written from {footer.table.get('rows')} rows, the input has {seen.table_rows} now"
+            before, after = ("no table" if rows is None else f"a table of {rows} rows" for rows in (written_from, now))
+            why = f"was written from {before}, and there is {after} now"
         else:
-            why = "is already there without the new columns; add them in place (open it, no output path)"
+            folder = redact(str(job.output))
+            why = (
+                f"{LACKS_COLUMNS} the new columns. To add them, leave the output path out and name that folder as the "
+                f"one of the tables: --metadata {folder} (metadata_path=)"
+            )
         return Survey((), False, why, footer, seen.target_rows)
 
     if table is None:
@@ -268,6 +276,11 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
     conflict = in_table or _unusable(source, job, table)
     # Columns that are already right in the input are copied, not computed again.
     return Survey(found.todo, False, conflict, Footer() if source is None else Footer.of(source), rows)
+
+
+def _not_found(footer: Footer) -> bool:
+    """Whether images were missing that may be there now: a list says where to look, and nobody looked again."""
+    return bool({Reason.NOT_FOUND, Reason.READ_ERROR} & set(footer.counts.get("reasons", {})))
 
 
 def _status(schema: pa.Schema | None, job: ShardJob, seen: Look) -> Status:
@@ -300,6 +313,9 @@ def _same_file(one: str, other: str, job: ShardJob) -> bool:
         return os.path.realpath(a.path) == os.path.realpath(b.path)
     return type(a.fs) is type(b.fs) and a.path == b.path
 
+
+LACKS_COLUMNS = "is already there, without"
+"""Marks a conflict that overwriting would mend at the cost of the columns that are there."""
 
 TO_PAIR_BY = "to pair rows and images by"
 """Marks a conflict that overwriting cannot mend."""
@@ -654,9 +670,7 @@ class ShardRun:
             codes.append(None if code is None else str(code))
         return codes
 
-    def _count(
-        self, errors: Sequence[str | None], row_ids: Sequence[str | None], sample_of_row: np.ndarray
-    ) -> None:
+    def _count(self, errors: Sequence[str | None], row_ids: Sequence[str | None], sample_of_row: np.ndarray) -> None:
         report = self.report
         tally = Counter(code for code in errors if code is not None)
         report.read = len(errors)

@@ -178,7 +178,7 @@ class FolderShard(Shard):
         return f"{self.folder.path}_metadata/{self.name}.parquet"
 
     def fingerprint(self) -> dict[str, Any]:
-        """A digest of names, sizes and times (or etags), as they were when the folder was listed."""
+        """A digest of the images' names, sizes and times (or etags), as they were when the folder was listed."""
         return {"files": self.digest}
 
     def row_estimate(self) -> int:
@@ -238,7 +238,7 @@ def find_images(
     for start in range(0, len(entries), images_per_file):
         mine = entries[start : start + images_per_file]
         digest = hashlib.blake2b(digest_size=16)
-        for name in (name for e in mine for name in (e.name, *map(e.beside, e.sidecars))):
+        for name in (entry.name for entry in mine):  # of images alone: a caption changes no embedding
             digest.update(f"{name}\0{marks[name]}\0".encode("utf-8", "surrogateescape"))
         shards.append(FolderShard(shared, start, mine, digest.hexdigest()))
     return shards

@@ -29,6 +29,8 @@ LINE_DIGITS = 9
 
 SCAN_BYTES = 8 << 20
 
+WRONG_ROOT_FROM = 8
+"""So many images, all missing, are no row's own fault."""
 GIVE_UP_AFTER = 32
 """Images that are tried before a store that answers none of them counts as out of reach."""
 
@@ -202,6 +204,7 @@ class PathListShard(Shard):
                 yield Sample(key, answer)
         if failures and not good:
             self._refuse_unreachable(failures)
+            self._refuse_wrong_root(failures, lines)
         self._tell(good, failures, lines)
 
     def keys(self, *, id_col: str) -> list[str]:
@@ -283,11 +286,27 @@ class PathListShard(Shard):
                 "Check root=, the permissions and the connection, and run again: finished files are kept",
             )
 
+    def _refuse_wrong_root(self, failures: list[Unread], lines: list[bytes]) -> None:
+        """Where many paths below one root lead nowhere, and none anywhere, the root is wrong and not the images."""
+        if self.listed.root is not None and len(failures) >= WRONG_ROOT_FROM:
+            first = redact(self.listed.real_path(next(filter(None, lines))))
+            raise SourceError(
+                redact(self.listed.path),
+                f"not one of the {len(failures)} images of lines {self.lines.start} to {self.lines.end} is there; the "
+                f"first was looked for at {first}",
+                "Check --root (root=) and --dataset (dataset=); if these images are gone, leave the lines out",
+            )
+
     def _tell(self, good: int, failures: list[Unread], lines: list[bytes]) -> None:
         unreachable = [failure for failure in failures if failure.reason == Reason.READ_ERROR]
         if failures and not good:
             first = redact(self.listed.real_path(next(filter(None, lines))))
-            self._note(f"not one image is there; the first was looked for at {first}. Check root= and dataset=")
+            self._note(f"not one image is there; the first was looked for at {first}. Check --root and --dataset")
+        elif len(failures) - len(unreachable) > good:
+            self._note(
+                f"{len(failures) - len(unreachable)} of {good + len(failures)} images are not there. If --root or "
+                "--dataset was wrong, right it and run again with --overwrite"
+            )
         elif unreachable:
             self._note(f"{len(unreachable)} images cannot be read ({unreachable[0].detail})")
 

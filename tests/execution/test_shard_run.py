@@ -141,7 +141,7 @@ def test_an_output_of_fewer_rows_than_the_input_has_now_is_not_done(source: Path
     save(embedded(source), tmp_path / "out")
     old = table(source)
     pq.write_table(pa.concat_tables([old, old.slice(0, 1)]), source / "00000.parquet")
-    with pytest.raises(UsageError, match="from 5 rows, the input has 6"):
+    with pytest.raises(UsageError, match="from a table of 5 rows, and there is a table of 6 rows now"):
         save(embedded(source), tmp_path / "out")
     assert save(embedded(source), tmp_path / "out", overwrite=True).read == 6
 

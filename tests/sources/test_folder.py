@@ -83,6 +83,16 @@ def test_files_that_go_or_change(tmp_path: Path) -> None:
     assert find_images(folder)[0].fingerprint() == find_images(folder)[0].fingerprint()
 
 
+def test_captions_are_no_images(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "photos", {"a.jpg": b"one", "b.jpg": b"two"})
+    (before,) = find_images(folder)
+    fill(folder, {"a.txt": b"a caption that came later"})
+    (after,) = find_images(folder)
+    assert after.fingerprint() == before.fingerprint()
+    fill(folder, {"b.jpg": b"another"})
+    assert find_images(folder)[0].fingerprint() != before.fingerprint()
+
+
 def test_what_cannot_be_opened_is_said(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         find_images(tmp_path / "gone")

@@ -20,6 +20,7 @@ from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import SourceError, UsageError
 from curator_embed.execution.lock import OutputLock, OutputLocked, parts_overlap
 from curator_embed.execution.output import Location
+from curator_embed.execution.run import RunStopped
 from curator_embed.sources.path_list import cut_otherwise, range_name
 from tests.shards import crops
 from tests.stub import ColourEmbedder
@@ -63,6 +64,47 @@ def test_every_line_is_a_row(client: Client, listing: Path, tmp_path: Path) -> N
     assert table["path"].to_pylist() == listing.read_text().split("\n")[:8]
     again = ColourEmbedder()(opened(listing)).save_metadata(str(tmp_path / "out"), progress=False)
     assert again.shards["skipped"] == 3 and again.read == 23
+
+
+def test_a_wrong_root_is_no_output(client: Client, listing: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    wrong = ImageTextPairDataset.from_path_list(listing, root=tmp_path / "elsewhere", dataset="laion")
+    with pytest.raises(RunStopped, match=r"not one of the 22 images of lines 0 to 23 is there; .*elsewhere.*--root"):
+        ColourEmbedder()(wrong).save_metadata(str(tmp_path / "out"), progress=False)
+    assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_overwriting_looks_again_for_images_that_were_missing(client: Client, listing: Path, tmp_path: Path) -> None:
+    out, gone = str(tmp_path / "out"), tmp_path / "images" / "gone.jpg"
+    ColourEmbedder()(opened(listing)).save_metadata(out, progress=False)
+    gone.write_bytes((tmp_path / "images" / "0" / "0.jpg").read_bytes())
+    plain = ColourEmbedder()(opened(listing)).save_metadata(out, progress=False)
+    assert plain.shards["skipped"] == 3 and plain.reasons["not_found"] == 1
+    again = ColourEmbedder()(opened(listing)).save_metadata(out, progress=False, overwrite=True)
+    assert (again.shards["done"], again.shards["skipped"]) == (1, 2)
+    assert again.reasons == {"not_an_image": 1} and again.embedded == 21
+
+
+def test_an_output_stays_done_when_the_list_gets_a_table(client: Client, listing: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    ColourEmbedder()(opened(listing)).save_metadata(out, progress=False)
+    ColourEmbedder("second")(opened(listing)).save_metadata(progress=False)
+    again = ColourEmbedder()(opened(listing)).save_metadata(out, progress=False)
+    assert again.shards["skipped"] == 3
+    report = ColourEmbedder()(opened(listing)).save_metadata(str(tmp_path / "new"), progress=False)
+    assert report.notes[0] == f"the columns of {listing}_metadata are carried over; columns= chooses others"
+
+
+def test_how_to_add_columns_to_an_output_is_said(client: Client, listing: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    ColourEmbedder()(opened(listing)).save_metadata(out, progress=False)
+    more = ColourEmbedder("second")
+    with pytest.raises(UsageError, match=f"without the new columns.*--metadata {out}") as refused:
+        more(opened(listing)).save_metadata(out, progress=False)
+    assert "overwrite" not in str(refused.value)
+    more(opened(listing, metadata_path=out)).save_metadata(progress=False)
+    table = pq.read_table(sorted((tmp_path / "out").glob("*.parquet"))[0])
+    assert table["second"].to_pylist() == table["image_embedding"].to_pylist()
 
 
 def test_columns_are_added_later_and_rows_exported(client: Client, listing: Path, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker, NoValidWorkerError
@@ -56,13 +56,25 @@ SLOW_AFTER_S = 2.0
 """No task is slow before there has been a thread with nothing to do for so long."""
 RESULT_WITHIN_S = 60.0
 """A finished task's reports are fetched from its worker in this time, or the worker has died with them."""
+TELL_WITHIN_S = 5.0
+"""A worker that has not answered a message in this time does not hold back the next one to the others."""
 CLOSE_WITHIN_S = 30.0
 """How long workers have to let go of a run's models before the driver goes on without their word."""
 TRIES_ALONE = 3
 """Workers that must die over one shard while it has its machine to itself before it is set aside."""
 KILLS_IN_A_ROW = 10
 """After so many killed tasks with no shard finished in between, and as many more as are under way at a time, no shard
-is to blame."""
+is to blame. Shards that are set aside after they were tried alone do not count: those are to blame."""
+BROKEN = 2
+"""A shard that had been begun each time when so many pipelines broke down is tried alone."""
+BREAKS_IN_A_ROW = 10
+"""After so many broken pipelines with no shard finished in between, the model is to blame."""
+
+
+PAUSED_REMEDY = (
+    "give the workers more memory (memory_limit), use a smaller batch or fewer decode threads, or change Dask's "
+    "setting distributed.worker.memory.pause"
+)
 
 
 class SchedulerGone(Exception):
@@ -76,12 +88,14 @@ class _Flight:
     Attributes:
         only_on: addresses it may run on; None for any.
         alone: the trial of a single shard that has its machine to itself.
+        chance: how many chances had been given to broken workers when it was handed out.
     """
 
     future: Future[TaskReport]
     positions: tuple[int, ...]
     only_on: frozenset[str] | None = None
     alone: bool = False
+    chance: int = 0
 
 
 class Driver:
@@ -111,15 +125,19 @@ class Driver:
         self._waiting: deque[tuple[int, ...]] = deque()
         self._flights: dict[str, _Flight] = {}
         self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
-        self._suspects: deque[int] = deque()  # shards of tasks that killed their workers, to be tried alone
+        self._suspects: deque[int] = deque()  # shards of tasks that killed or broke their workers, to be tried alone
         self._deaths: Counter[int] = Counter()  # of workers, while trying this shard alone
         self._kills_in_a_row = self._most_under_way = 0
-        self._refused: Counter[int] = Counter()  # workers whose pipeline broke while they had this shard
+        self._breaks: Counter[int] = Counter()  # pipelines that broke while they had this shard
+        self._broken: dict[str, set[int]] = {}  # workers that are left out because theirs did -> what they had
+        self._chance = 0  # how often broken workers were let in again
+        self._given: dict[str, int] = {}  # worker -> the chance it was let in again with
+        self._breaks_in_a_row = 0
         self._worked = False  # some worker has finished a task
         self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
         self._slow_tasks: list[str] = []  # to be asked for what they have not finished
         self._idle_since: float | None = None  # since when there are threads with nothing to do
-        self._told_of_absence = 0.0  # when the absence began that was told of
+        self._told_of_absence = False
         self._avoid: dict[int, str] = {}  # shard -> the worker that was too slow for it
 
     def run(self, show: bool) -> None:
@@ -176,7 +194,7 @@ class Driver:
                 elif slow := self._slow_tasks:
                     self._slow_tasks = []
                     self._tell(ask_back, slow)
-            self._tell(close_run, self.run_id)
+            self._tell(close_run, self.run_id, CLOSE_WITHIN_S)
 
         thread = threading.Thread(target=talk, name="talking-to-workers", daemon=True)
         thread.start()
@@ -186,11 +204,13 @@ class Driver:
             over.set()
             thread.join(CLOSE_WITHIN_S)
 
-    def _tell(self, message: Callable[..., None], content: str | list[str]) -> None:
-        """Call a function on every worker there is."""
-        with suppress(OSError, RuntimeError):
+    def _tell(self, message: Callable[..., Any], content: str | list[str], within: float = TELL_WITHIN_S) -> None:
+        """Call a function on every worker there is; what goes wrong is no reason to stop talking."""
+        try:
             if self.client.status == "running":
-                self.client.run(message, content, on_error="ignore")
+                self.client.run(message, content, on_error="ignore", callback_timeout=within)
+        except Exception as error:
+            log.debug("not every worker heard %s (%s: %s)", message.__name__, type(error).__name__, error)
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -214,7 +234,7 @@ class Driver:
         try:
             while self._waiting or self._flights or self._suspects:
                 self._look(LOOK_EVERY_S)
-                if self.report.ended or (self._stopping() and not (self._flights and self.workers.fit)):
+                if self.report.ended or (self._stopping() and not (self._flights and self.workers.able)):
                     break
                 if not self._stopping():
                     self._hand_out(limit)
@@ -248,32 +268,45 @@ class Driver:
             if flight.only_on is not None and not flight.only_on & there:
                 del self._flights[key]
                 flight.future.cancel()
-                if flight.alone:
+                if flight.alone and not any(map(self._retired, flight.only_on)):
                     self._died_alone(flight.positions[0], 1)
                 else:
                     self._again(flight)
+        if not self.workers.fit and (broken := self._broken.keys() & there):
+            self._let_in_again(broken)
         if self.workers.absent_since is not None:
             self._wait_for_workers(self.workers.absent_since)
+        else:
+            self._told_of_absence = False
+
+    def _retired(self, address: str) -> bool:
+        try:
+            return self.workers.retired(address)
+        except OSError as error:
+            raise SchedulerGone(str(error)) from None
 
     def _wait_for_workers(self, since: float) -> None:
         waited = time.monotonic() - since
+        what, go_on, remedy = "no worker is left for this job", "come", "start workers"
+        if self.workers.able:
+            what, go_on, remedy = "Dask has paused all workers, their memory is nearly full", "go on", PAUSED_REMEDY
         if waited >= patience():
             self.report.ended = (
-                f"no worker that can do this job is left in the Dask cluster at {scheduler_address(self.client)}, and "
-                f"none came within {patience():.0f} s. What was finished is kept: start workers and run the same again "
-                f"to go on from there, or wait longer with Dask's setting {WAIT_KEY}"
+                f"{what} (cluster at {scheduler_address(self.client)}), and none was there to {go_on} within "
+                f"{patience():.0f} s. What was finished is kept: {remedy}, and run the same again to go on from there, "
+                f"or wait longer with Dask's setting {WAIT_KEY}"
             )
             return
-        if since != self._told_of_absence:
-            self._told_of_absence = since
-            log.warning("no worker is left for this job; waiting %.0f s for one to come", patience())
-        self.bar.set_postfix_str(f"no worker is left for this job, waiting {waited:.0f} of {patience():.0f} s")
+        if not self._told_of_absence:
+            self._told_of_absence = True
+            log.warning("%s; waiting %.0f s for one to %s (%s)", what, patience(), go_on, remedy)
+        self.bar.set_postfix_str(f"{what}, waiting {waited:.0f} of {patience():.0f} s")
 
     def _hand_out(self, limit: int | None) -> None:
         """Keep as much under way as the workers that are there can use; what killed workers waits for the end."""
         fit, restriction = self.workers.fit, self.workers.restriction
         if not fit and self.workers.threads:
-            return  # those that are there cannot do this job
+            return  # those that are there cannot do this job, or not now
         # Even without workers some tasks wait: they are what makes an adaptive cluster start one.
         while self._waiting and len(self._flights) < max(2, TASKS_UNDER_WAY * sum(fit.values())):
             positions = self._waiting.popleft()
@@ -309,11 +342,13 @@ class Driver:
         shards = [self.plan.shards[p] for p in positions]
         where = sorted(only_on) if only_on is not None else None
         try:
-            future = self.client.submit(run_task, shards, self.plan.job, self.run_id, limit, pure=False, workers=where)
+            future = self.client.submit(
+                run_task, shards, self.plan.job, self.run_id, limit, self._chance, pure=False, workers=where
+            )
         except RuntimeError as error:  # a closed client
             self._waiting.append(positions)
             raise SchedulerGone(str(error)) from None
-        self._flights[str(future.key)] = _Flight(future, positions, only_on, alone)
+        self._flights[str(future.key)] = _Flight(future, positions, only_on, alone, self._chance)
         self._most_under_way = max(self._most_under_way, len(self._flights))
         future.add_done_callback(self._finished.put)
 
@@ -368,7 +403,8 @@ class Driver:
             report.skipped = False
             self._add(report)
         if done:
-            self._worked, self._kills_in_a_row = True, 0
+            self._worked, self._kills_in_a_row, self._breaks_in_a_row = True, 0, 0
+            self.workers.have_worked()
             self._paces.append(task.seconds / len(done))
         rest = [p for p, report in zip(flight.positions, task.shards, strict=True) if report is None]
         if rest and self._stopping():
@@ -412,15 +448,15 @@ class Driver:
         if self._deaths[position] < TRIES_ALONE:
             self._suspects.appendleft(position)
             return
-        shard = self.plan.shards[position]
-        self.report.add(
-            ShardReport(
-                shard.name,
-                fault=f"shard: {shard.image_source() or shard.name}: {self._deaths[position]} workers that had nothing "
-                "but this shard to work on died. Look at the workers' logs (out of memory?); run again to retry it",
-            )
+        self._set_aside(
+            position,
+            f"{self._deaths[position]} workers that had nothing but this shard to work on died or left. Look at the "
+            "workers' logs (out of memory?); run again to retry it",
         )
-        self._count_kill()
+
+    def _set_aside(self, position: int, why: str) -> None:
+        shard = self.plan.shards[position]
+        self.report.add(ShardReport(shard.name, fault=f"shard: {shard.image_source() or shard.name}: {why}"))
 
     def _count_kill(self) -> None:
         self._kills_in_a_row += 1
@@ -433,17 +469,65 @@ class Driver:
 
     def _after_refusal(self, flight: _Flight, error: WorkerUnfit) -> None:
         """Leave a worker out that cannot do this job; what none can do is the job's own error."""
-        known = error.address in self.workers.unfit
-        self.workers.unfit[error.address] = str(error.cause)
+        # A word from before it was let in again is no news of the worker.
+        if error.address not in self.workers.unfit and flight.chance >= self._given.get(error.address, 0):
+            self.workers.unfit[error.address] = str(error.cause)
+            if error.had_begun:
+                self._broken[error.address] = set()
+                self._breaks_in_a_row += not flight.alone
+            what = "its shards are tried once more" if error.had_begun else "the others went on without it"
+            self.report.note(f"{error}; {what}")
+            log.warning("%s; %s", error, what, exc_info=None if self._breaks else error.cause)
+        if not error.had_begun:
+            self._again(flight)
+        elif flight.alone:
+            self._broke_alone(flight.positions[0], error)
+        else:
+            self._after_break(flight, error)
         self._look()
-        if error.had_begun:
-            self._refused.update(flight.positions)
-        broke_twice = any(self._refused[position] > 1 for position in flight.positions)
-        others_may_come = bool(self.workers.fit) or (self._worked and not error.had_begun)
-        hopeless = not others_may_come or (not self._worked and len(self.workers.unfit) > 2)
-        if broke_twice or hopeless:
+        if self.workers.able or self.report.ended:
+            return
+        if self._breaks and not self._worked:
+            self.report.ended = self._model_breaks(error)
+        elif not self._worked:
             raise error.cause
-        if not known:
-            self.report.note(f"{error}; the others went on without it")
-            log.warning("%s; the others go on without it", error)
-        self._again(flight)
+
+    def _after_break(self, flight: _Flight, error: WorkerUnfit) -> None:
+        """A pipeline broke down: the worker may be to blame, the model, or any shard that was in it."""
+        self._broken.setdefault(error.address, set()).update(flight.positions)
+        self._breaks.update(flight.positions)
+        for position in flight.positions:
+            if self._breaks[position] < BROKEN:
+                self._waiting.append((position,))  # by itself, so that fewer are beside it if it breaks the next one
+            else:
+                self._suspects.append(position)
+        if self._breaks_in_a_row >= BREAKS_IN_A_ROW:
+            self.report.ended = self._model_breaks(error)
+
+    def _broke_alone(self, position: int, error: WorkerUnfit) -> None:
+        """A shard had its machine to itself and the pipeline broke down, as others had before."""
+        self._set_aside(
+            position,
+            f"what it holds breaks the model down, also with nothing beside it ({_text(error.cause)}). Look at its "
+            "images, or at the model; run again to retry it",
+        )
+        self._let_in_again({error.address, *(address for address, had in self._broken.items() if position in had)})
+
+    def _let_in_again(self, addresses: Iterable[str]) -> None:
+        """Workers whose pipelines broke may build new ones: something else was to blame, or nobody else is there."""
+        self._chance += 1
+        for address in addresses:
+            self._broken.pop(address, None)
+            self._given[address] = self._chance
+            self.workers.let_in_again(address)
+
+    def _model_breaks(self, error: WorkerUnfit) -> str:
+        return (
+            "the model breaks down whatever it works on, on every worker that was tried, the last time on "
+            f"{error.host} ({_text(error.cause)}). Look at the model and at the log. What was finished is kept; run "
+            "again to go on from there"
+        )
+
+
+def _text(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -38,7 +38,8 @@ def run_group(
 
     Args:
         stopping: asked before each shard; once it says yes, those that are begun are finished and no other is.
-        giving_back: asked after each shard; once it says yes, the rest is somebody else's, begun or not.
+        giving_back: asked after each shard; once it says yes, those that are through the pipeline are finished, and
+            the rest is somebody else's, begun or not.
 
     Returns:
         As many entries as shards: a report each, None for those that were not worked on.
@@ -65,7 +66,8 @@ def run_group(
         while len(waiting) > MAX_OPEN_SHARDS:
             finish()
     while waiting:
-        if giving_back():
+        opened = waiting[0][1].opened
+        if giving_back() and opened is not None and not opened.done():
             waiting.popleft()[1].abandon()
         else:
             finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import pickle
@@ -145,6 +146,7 @@ class PipelineKeeper:
         self._asked_back: set[str] = set()
         self._users: Counter[str] = Counter()
         self._used: dict[str, float] = {}
+        self._chances: dict[str, int] = {}  # run -> the chance its pipeline was built on
 
     @classmethod
     def of(cls, worker: Worker) -> PipelineKeeper:
@@ -159,13 +161,31 @@ class PipelineKeeper:
         """Those that are there; does not wait for one that is being built."""
         return list(self._pipelines.values())
 
-    def get(self, run: str, job: ShardJob, on_images: Callable[[int], None]) -> Pipeline:
-        """The run's pipeline, built by whoever comes first while the others wait; ``put_back`` it."""
+    def get(self, run: str, job: ShardJob, on_images: Callable[[int], None], chance: int = 0) -> Pipeline | None:
+        """The run's pipeline, built by whoever comes first while the others wait; ``put_back`` it.
+
+        Args:
+            chance: number of the chances that the driver gave broken workers so far. One that broke is built anew for
+                a task with a higher number than it was built for.
+
+        Returns:
+            None when the run is to stop or over.
+
+        Raises:
+            Exception: it cannot be built, or is broken.
+        """
         with self._lock:
+            if run in self._stopping:  # here, where it cannot be closed before it is built
+                return None
+            broken = self._pipelines.get(run)
+            if broken is not None and broken.fault is not None:
+                if chance <= self._chances[run]:
+                    raise broken.fault
+                self._pipelines.pop(run).close()
             if run not in self._pipelines:
                 check_disks(job.must_see)
                 self._close_orphans()
-                self._pipelines[run] = build_pipeline(job, on_images)
+                self._pipelines[run], self._chances[run] = build_pipeline(job, on_images), chance
             self._users[run] += 1
             return self._pipelines[run]
 
@@ -203,6 +223,7 @@ class PipelineKeeper:
         self.stop(run)
         with self._lock:
             pipeline = self._pipelines.pop(run, None)
+            self._chances.pop(run, None)
         if pipeline is not None:
             pipeline.close()
 
@@ -289,7 +310,7 @@ class WorkerUnfit(CuratorEmbedError):
 
 
 def _unfit(worker: Worker, cause: Exception, had_begun: bool) -> WorkerUnfit:
-    if not isinstance(cause, CuratorEmbedError):
+    if not isinstance(cause, CuratorEmbedError) and not getattr(cause, "__notes__", None):
         cause.add_note("".join(traceback.format_exception(cause)))  # a traceback does not travel, a note does
     return WorkerUnfit(worker.address, socket.gethostname(), cause, had_begun)
 
@@ -309,7 +330,7 @@ class TaskReport:
     shards: list[ShardReport | None]
 
 
-def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None = None) -> TaskReport:
+def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None = None, chance: int = 0) -> TaskReport:
     """The Dask task: run these shards on this worker's pipeline.
 
     Shards that were not begun when the worker was told to stop are left, and those that were not finished when the
@@ -322,11 +343,11 @@ def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None
     task = str(worker.get_current_task())
     keeper = PipelineKeeper.of(worker)
     reports: list[ShardReport | None] = [None] * len(shards)
-    if not keeper.stopping(run):
-        try:
-            pipeline = keeper.get(run, job, ProgressReporter(worker, progress_topic(run)))
-        except Exception as error:
-            raise _unfit(worker, error, had_begun=False) from error
+    try:
+        pipeline = keeper.get(run, job, ProgressReporter(worker, progress_topic(run)), chance)
+    except Exception as error:
+        raise _unfit(worker, error, had_begun=False) from error
+    if pipeline is not None:
         try:
             reports = run_group(
                 shards,
@@ -355,6 +376,7 @@ def ask_back(tasks: Sequence[str], dask_worker: Any = None) -> None:
     PipelineKeeper.of(dask_worker).ask_back(tasks)
 
 
-def close_run(run: str, dask_worker: Any = None) -> None:
+async def close_run(run: str, dask_worker: Any = None) -> None:
     """Let go of a run's pipeline on this worker (called through ``Client.run``)."""
-    PipelineKeeper.of(dask_worker).close(run)
+    # In a thread: a batch may be under way, or a model still be loaded, and the worker must go on answering.
+    await asyncio.to_thread(PipelineKeeper.of(dask_worker).close, run)

@@ -16,8 +16,8 @@ import dask
 from dask.system import cpu_count
 from dask.utils import parse_timedelta
 from distributed import Client
-from distributed.comm import CommClosedError
 from distributed.comm.addressing import get_address_host
+from distributed.comm.core import CommClosedError
 
 from curator_embed.errors import CuratorEmbedError
 
@@ -28,6 +28,9 @@ WAIT_KEY = "curator-embed.no-workers-timeout"
 WAIT_DEFAULT = "10 minutes"
 TELL_AFTER_S = 5.0
 """A wait that is longer than this is told."""
+
+STATUS_EVERY_S = 5.0
+"""How often it is asked which workers are paused; the answer holds more than that of every worker."""
 
 Answer = TypeVar("Answer")
 
@@ -110,17 +113,21 @@ class Workers:
     Attributes:
         threads: Dask threads of each worker that is there, by address.
         unfit: address -> why that worker, which is there, cannot do this run's job.
+        paused: those that take no tasks, because Dask found their memory nearly full.
         most: workers at a time, at most.
         lost: how many have left.
-        absent_since: when the last one that is fit left, on the monotonic clock; None while there are some.
+        absent_since: when the last one that is fit left or was paused, on the monotonic clock; None while there are
+            some.
     """
 
     def __init__(self, client: Client) -> None:
         self._client = client
         self._looked = 0.0
+        self._asked: float | None = None
         self._seconds = 0.0
         self.threads: dict[str, int] = {}
         self.unfit: dict[str, str] = {}
+        self.paused: frozenset[str] = frozenset()
         self.most = self.lost = 0
         self.absent_since: float | None = None
 
@@ -137,8 +144,30 @@ class Workers:
         # One that left and came back is another process.
         self.unfit = {address: why for address, why in self.unfit.items() if address in found}
         self.most = max(self.most, len(found))
+        if self._asked is None or now - self._asked >= STATUS_EVERY_S:
+            self._asked = now
+            about = self._client.scheduler_info(n_workers=-1)["workers"]
+            self.paused = frozenset(address for address, worker in about.items() if worker.get("status") == "paused")
         self.absent_since = None if self.fit else (self.absent_since or now)
         return True
+
+    def let_in_again(self, address: str) -> None:
+        """One that was not fit may be now."""
+        self.unfit.pop(address, None)
+        if self.fit:
+            self.absent_since = None
+
+    def have_worked(self) -> None:
+        """Something came back: if nobody can be given work, then only from now on."""
+        if self.absent_since is not None:
+            self.absent_since = time.monotonic()
+
+    def retired(self, address: str) -> bool:
+        """Whether a worker that has left did so as Dask asked it to (scaled down, its time was up); else it died, or
+        nobody knows.
+        """
+        events = [event for _, event in self._client.get_events(address) if event.get("action") == "remove-worker"]
+        return bool(events) and bool(events[-1].get("expected"))
 
     @property
     def seconds(self) -> float:
@@ -147,13 +176,18 @@ class Workers:
 
     @property
     def fit(self) -> dict[str, int]:
-        """Threads of those that can do the job."""
+        """Threads of those that can do the job and take tasks now."""
+        return {address: count for address, count in self.able.items() if address not in self.paused}
+
+    @property
+    def able(self) -> dict[str, int]:
+        """Threads of those that can do the job, paused or not."""
         return {address: count for address, count in self.threads.items() if address not in self.unfit}
 
     @property
     def restriction(self) -> frozenset[str] | None:
         """Who may be given tasks where not everybody may; None where everybody may."""
-        return frozenset(self.fit) if self.unfit else None
+        return frozenset(self.able) if self.unfit else None
 
     def one_a_host(self) -> dict[str, str]:
         """Of every machine, one worker that is fit: host -> address."""

@@ -338,7 +338,13 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command("index-tars")
 def index_tars(
-    src: Source,
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A folder of tars, one tar, a glob, or a range like 'data/{00000..00012}.tar'; a path or an fsspec URL.",
+        ),
+    ],
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write indexes anew that are there and fresh.")
     ] = False,

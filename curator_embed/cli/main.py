@@ -342,7 +342,7 @@ def index_tars(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A folder of tars, one tar, a glob, or a range like 'data/{00000..00012}.tar'; local or an fsspec URL.",
+            help="A folder of tars, one tar, a glob, or a range like 'data/{00000..00012}.tar'; local or a URL.",
         ),
     ],
     overwrite: Annotated[

@@ -7,6 +7,7 @@ Tiny shards and a step that is nearly no work. Every outcome below is asserted, 
 * undisturbed: wall time a shard, and what the driver's memory grows by.
 * kills: workers get SIGKILL at random; the output is byte for byte the undisturbed one.
 * scheduler: killed in the middle and started again; the next run works only on what was not finished.
+* survivors: the same, but its workers live on and finish what they have, beside those of the next run.
 * shard: one shard 50 times slower than the others; nobody waits for it but its own task.
 * worker: one worker 50 times slower than the others; it gets less to do, and gives back what it has not begun.
 * killer: one shard that kills every worker; it is set aside by its name, and no other is.
@@ -256,29 +257,35 @@ class OwnCluster:
         self.processes.clear()
 
 
+def _lose_scheduler(scene: Scene, own: OwnCluster, output: Path) -> float:
+    """A run whose scheduler is killed when a third is done; returns the seconds after which it has ended."""
+    killed: list[float] = []
+
+    def kill() -> None:
+        while len(list(output.glob("*.parquet"))) < scene.shards // 3:
+            time.sleep(0.05)
+        own.kill_scheduler()
+        killed.append(time.perf_counter())
+
+    with Client(own.address):
+        thread = threading.Thread(target=kill)
+        thread.start()
+        try:
+            report = embed(scene.folder, output, Troubled(scene.pause))
+            check(False, f"the run did not notice:\n{report}")
+        except RunStopped as stopped:
+            noticed = time.perf_counter() - killed[0]
+            check("lost the Dask scheduler" in str(stopped), str(stopped))
+            check(stopped.report.shards["left"] > 0, str(stopped.report))
+        thread.join()
+    return noticed
+
+
 def scheduler(scene: Scene) -> dict[str, float]:
     """The scheduler is killed when a third is done; a second cluster goes on from there."""
     output = scene.scratch / "scheduler"
-    killed: list[float] = []
     with OwnCluster(scene.workers) as own:
-
-        def kill() -> None:
-            while len(list(output.glob("*.parquet"))) < scene.shards // 3:
-                time.sleep(0.05)
-            own.kill_scheduler()
-            killed.append(time.perf_counter())
-
-        with Client(own.address):
-            thread = threading.Thread(target=kill)
-            thread.start()
-            try:
-                report = embed(scene.folder, output, Troubled(scene.pause))
-                check(False, f"the run did not notice:\n{report}")
-            except RunStopped as stopped:
-                noticed = time.perf_counter() - killed[0]
-                check("lost the Dask scheduler" in str(stopped), str(stopped))
-                check(stopped.report.shards["left"] > 0, str(stopped.report))
-            thread.join()
+        noticed = _lose_scheduler(scene, own, output)
         own.end()
         before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
         own.start()
@@ -294,6 +301,19 @@ def scheduler(scene: Scene) -> dict[str, float]:
         "shards finished before / all": len(before) / scene.shards,
         "shards worked on again": len(again),
     }
+
+
+def survivors(scene: Scene) -> dict[str, float]:
+    """The scheduler is killed and its workers are not; the next run begins at once, on another cluster."""
+    output = scene.scratch / "survivors"
+    with OwnCluster(scene.workers) as old, OwnCluster(scene.workers) as new:
+        _lose_scheduler(scene, old, output)
+        check(all(process.poll() is None for process in old.processes[1:]), "the old workers are gone")
+        with Client(new.address):
+            report = embed(scene.folder, output, Troubled(scene.pause))
+    check(not report.faults and report.shards["done"] + report.shards["skipped"] == scene.shards, str(report))
+    scene.check_output(output)
+    return {"shards the next run found open / all": report.shards["done"] / scene.shards}
 
 
 def slow_shard(scene: Scene, factor: float = 50.0) -> dict[str, float]:
@@ -355,6 +375,7 @@ SCENES: dict[str, tuple[Callable[[Scene], dict[str, float]], int]] = {
     "undisturbed": (undisturbed, 10_000),
     "kills": (kills, 10_000),
     "scheduler": (scheduler, 10_000),
+    "survivors": (survivors, 2_000),
     "shard": (slow_shard, 2_000),
     "worker": (slow_worker, 2_000),
     "killer": (killer, 2_000),

@@ -163,11 +163,19 @@ class Workers:
             self.absent_since = time.monotonic()
 
     def retired(self, address: str) -> bool:
-        """Whether a worker that has left did so as Dask asked it to (scaled down, its time was up); else it died, or
-        nobody knows.
+        """Whether a worker that has left did so in an orderly way (scaled down, its time was up); one that was killed
+        had no time to say so.
         """
-        events = [event for _, event in self._client.get_events(address) if event.get("action") == "remove-worker"]
-        return bool(events) and bool(events[-1].get("expected"))
+        orderly = False
+        for _, event in self._client.get_events(address) or ():
+            if event.get("action") == "add-worker":  # before that, another process had the address
+                orderly = False
+            orderly = orderly or (
+                event.get("action") in ("closing-worker", "retired")
+                or event.get("status") in ("closing", "closing_gracefully")
+                or bool(event.get("expected"))
+            )
+        return orderly
 
     @property
     def seconds(self) -> float:

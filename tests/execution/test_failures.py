@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import dask
@@ -25,6 +26,7 @@ from benchmarks import failures
 from benchmarks.failures import Scene
 from curator_embed.datasets import ImageTextPairDataset, saving
 from curator_embed.execution import driver, worker, workers
+from curator_embed.execution.group import run_group
 from curator_embed.execution.output import TargetChanged
 from curator_embed.execution.pipeline import Gauge, Pipeline
 from curator_embed.execution.report import RunReport, bottleneck
@@ -93,7 +95,7 @@ def test_a_slow_worker_gives_back_what_it_has_not_finished(scene: Scene, monkeyp
         count(self, flight, task)
 
     monkeypatch.setattr(driver.Driver, "_count", counting)
-    failures.slow_worker(scene, factor=5)
+    failures.slow_worker(scene, factor=10)
     assert sum(given_back) > 0
 
 
@@ -101,6 +103,11 @@ def test_a_run_goes_on_where_a_dead_scheduler_left_it(scene: Scene) -> None:
     figures = failures.scheduler(scene)
     assert figures["seconds until the run ended"] < 10
     assert figures["shards finished before / all"] < 1
+
+
+def test_what_the_dead_runs_workers_still_finish_is_no_fault_of_the_next(scene: Scene) -> None:
+    figures = failures.survivors(scene)
+    assert figures["shards the next run found open / all"] > 0
 
 
 def test_every_heartbeat_carries_what_a_worker_does(scene: Any, tmp_path: Path) -> None:
@@ -503,6 +510,220 @@ def test_workers_are_counted_as_they_come_and_go() -> None:
     assert seen.fit == {b: 2, c: 4}, "it came back as another process"
     seen.look()
     assert seen.absent_since is not None and seen.lost == 4
+
+
+class OnlyOne(ColourEmbedder):
+    """Its model can be loaded on one worker, which is ready when all others have failed."""
+
+    good: str = ""
+    failed: ClassVar[set[str]] = set()
+
+    def settled(self, **settings: Any) -> OnlyOne:
+        return self
+
+    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        if get_worker().address != self.good:
+            OnlyOne.failed.add(get_worker().address)
+            raise RuntimeError("no GPU here")
+        wait_until(lambda: len(OnlyOne.failed) == 3)
+        return super().load_model(device, threads)
+
+
+def wait_until(holds: Callable[[], bool], within: float = 30.0) -> None:
+    until = time.monotonic() + within
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_run_goes_on_with_the_one_worker_that_can_do_it(nobody: LocalCluster, source: Path, tmp_path: Path) -> None:
+    nobody.scale(4)
+    Client.current().wait_for_workers(4)
+    step = OnlyOne()
+    step.good = max(Client.current().nthreads())
+    OnlyOne.failed.clear()
+    report = save(step, source, tmp_path / "out")
+    assert report.shards["done"] == 12 and len(report.notes) == 3
+
+
+@pytest.fixture
+def paused(nobody: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
+    """A cluster whose workers Dask pauses as soon as they look at their memory."""
+    monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(workers, "STATUS_EVERY_S", 0.1)
+    with dask.config.set({"distributed.worker.memory.pause": 1e-6, "distributed.worker.memory.spill": False}):
+        nobody.scale(2)
+        client = Client.current()
+        client.wait_for_workers(2)
+        about = lambda: client.scheduler_info(n_workers=-1)["workers"].values()  # noqa: E731
+        wait_until(lambda: all(worker["status"] == "paused" for worker in about()))
+        yield nobody
+
+
+def test_a_run_on_paused_workers_ends_with_a_remedy(paused: LocalCluster, source: Path, tmp_path: Path) -> None:
+    wait = {workers.WAIT_KEY: "500ms"}
+    with dask.config.set(wait), pytest.raises(RunStopped, match=r"distributed\.worker\.memory\.pause") as stopped:
+        save(ColourEmbedder(), source, tmp_path / "out")
+    assert stopped.value.report.shards == {"done": 0, "skipped": 0, "failed": 0, "left": 12}
+
+
+def test_a_run_goes_on_when_its_workers_do(
+    paused: LocalCluster,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def enough(dask_worker: Any) -> None:
+        dask_worker.memory_manager.memory_pause_fraction = 1.0
+
+    told = driver.Driver._wait_for_workers
+
+    def telling(self: Any, since: float) -> None:
+        told(self, since)
+        self.client.run(enough)
+
+    monkeypatch.setattr(driver.Driver, "_wait_for_workers", telling)
+    assert save(ColourEmbedder(), source, tmp_path / "out").shards["done"] == 12
+    assert "Dask has paused all workers" in caplog.text and "memory_limit" in caplog.text
+
+
+def test_a_slow_task_keeps_what_is_through(pipeline: Pipeline, source: Path, tmp_path: Path) -> None:
+    dataset = dataset_of(source)
+    asked: list[bool] = []
+
+    def giving_back() -> bool:
+        asked.append(len(asked) >= 2)
+        if asked[-1]:  # both shards are in the pipeline
+            wait_until(lambda: pipeline.images == 8)
+        return asked[-1]
+
+    job = dataset.job(str(tmp_path / "out"))
+    reports = run_group(dataset.shards[:2], job, pipeline, giving_back=giving_back)
+    assert [report is not None and report.embedded for report in reports] == [4, 4]
+
+
+class Closing:
+    """A pipeline that counts those of its kind that are open."""
+
+    fault = None
+    images = 0
+
+    def __init__(self, still: threading.Event | None = None) -> None:
+        self.open, self.still = True, still
+
+    def close(self) -> None:
+        assert self.still is None or self.still.wait(30)
+        self.open = False
+
+
+def test_no_pipeline_is_built_for_a_run_that_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    building, go_on = threading.Event(), threading.Event()
+    built: list[Closing] = []
+
+    def build(job: Any, on_images: Any) -> Closing:
+        building.set()
+        assert go_on.wait(30)
+        built.append(Closing())
+        return built[-1]
+
+    monkeypatch.setattr(worker, "build_pipeline", build)
+    keeper, found = PipelineKeeper(), []
+    job: Any = SimpleNamespace(must_see=())
+    tasks = [threading.Thread(target=lambda: found.append(keeper.get("run", job, print))) for _ in range(3)]
+    closing = threading.Thread(target=keeper.close, args=("run",))
+    tasks[0].start()
+    assert building.wait(30)
+    for thread in (*tasks[1:], closing):
+        thread.start()
+    wait_until(lambda: keeper.stopping("run"))
+    go_on.set()
+    for thread in (*tasks, closing):
+        thread.join(30)
+    assert len(found) == 3 and not keeper.pipelines()
+    assert not any(pipeline.open for pipeline in built)
+
+
+def test_a_worker_answers_while_it_lets_go_of_a_model(nobody: LocalCluster) -> None:
+    nobody.scale(1)
+    client, still = Client.current(), threading.Event()
+    client.wait_for_workers(1)
+    pipeline = Closing(still)
+    keeper = PipelineKeeper()
+    keeper._pipelines["run"] = pipeline  # type: ignore[assignment]
+    next(iter(nobody.workers.values()))._curator_embed_pipelines = keeper
+    closing = threading.Thread(target=client.run, args=(worker.close_run, "run"))
+    closing.start()
+    wait_until(lambda: keeper.stopping("run"))
+    assert list(client.run(int, callback_timeout=10).values()) == [0]
+    assert pipeline.open
+    still.set()
+    closing.join(30)
+    assert not pipeline.open
+
+
+class Deaf:
+    """A client whose first message finds no answer in time, and whose second an error."""
+
+    status = "running"
+
+    def __init__(self) -> None:
+        self.told: list[Callable[..., Any]] = []
+        self.errors: list[Exception] = [TimeoutError(), TypeError("no answer as it should be")]
+
+    def run(self, message: Callable[..., Any], content: Any, on_error: str, callback_timeout: float) -> None:
+        assert 0 < callback_timeout < 60
+        if self.errors:
+            raise self.errors.pop()
+        self.told.append(message)
+
+
+def driver_of(client: Any, shards: int = 0) -> driver.Driver:
+    plan: Any = SimpleNamespace(shards=[SimpleNamespace(name=f"{n}", image_source=lambda: None) for n in range(shards)])
+    return driver.Driver(client, plan, RunReport(), None, threading.Event(), [])
+
+
+def test_a_worker_that_hangs_does_not_keep_the_others_from_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "STOP_EVERY_S", 0.01)
+    client = Deaf()
+    made = driver_of(client)
+    made.stop.set()
+    with made._talking_to_workers():
+        wait_until(lambda: worker.stop_run in client.told)
+    assert client.told[-1] is worker.close_run
+
+
+def test_shards_that_were_to_blame_do_not_clear_each_other() -> None:
+    made = driver_of(Cluster(), shards=40)
+    for position in range(40):
+        made._died_alone(position, driver.TRIES_ALONE)
+    assert made.report.shards["failed"] == len(made.report.faults) == 40
+    assert not made.report.ended and not made._suspects
+
+
+@pytest.mark.parametrize("retired", [True, False])
+def test_a_worker_that_was_sent_away_was_not_killed(retired: bool, nobody: LocalCluster) -> None:
+    nobody.scale(1)
+    client = Client.current()
+    client.wait_for_workers(1)
+    [address] = client.nthreads()
+    made = driver_of(client, shards=1)
+    made.bar = SimpleNamespace(set_postfix_str=lambda text: None)  # type: ignore[assignment]
+    made._look()
+    future: Any = SimpleNamespace(cancel=lambda: None)
+    made._flights["trial"] = driver._Flight(future, (0,), frozenset([address]), alone=True)
+    if retired:
+        nobody.scale(0)
+    else:
+        client.sync(gone, nobody.scheduler, address)
+    wait_until(lambda: not client.nthreads())
+    made._look()
+    assert list(made._suspects) == [0] and not made._flights
+    assert made._deaths[0] == (0 if retired else 1)
+
+
+async def gone(scheduler: Any, address: str) -> None:
+    await scheduler.remove_worker(address, stimulus_id="died", close=False)
 
 
 # -- figures ------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from tests.conftest import REPO
 from tests.rows import table_rows
 from tests.shards import write_dataset
 
-pytest.importorskip("dask_jobqueue", reason="needs the extra: clusters")
+if find_spec("dask_jobqueue") is None:  # not imported here: that would change what Ctrl-C does in all tests
+    pytest.skip("needs the extra: clusters", allow_module_level=True)
 
 NODE = {
     "nodes": 2, "cores_per_node": 32, "memory_per_node": "64GiB", "walltime": "12:00:30", "queue": "long",
@@ -39,6 +42,12 @@ def worker(lines: list[str]) -> tuple[str, dict[str, str]]:
     assert found and words[:2] == [sys.executable, "-m"], lines[-1]
     options = [word for word in words[4:] if word != "--nanny"]
     return words[2], dict(zip(options[::2], options[1::2], strict=True))
+
+
+def test_ctrl_c_stays_what_it_is() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert script("slurm")
+    assert "dask_jobqueue" in sys.modules and signal.getsignal(signal.SIGINT) is before
 
 
 HEADERS = {

@@ -9,7 +9,9 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -169,10 +171,13 @@ class JobQueueConfig(ClusterConfig):
         return None if self.log_directory is None else os.path.abspath(os.path.expanduser(self.log_directory))
 
     def _cluster(self) -> Any:
+        ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             import dask_jobqueue
         except ImportError as error:
             raise MissingExtra("dask-jobqueue", "clusters", f"A {self.kind} cluster") from error
+        if threading.current_thread() is threading.main_thread() and ctrl_c is not None:
+            signal.signal(signal.SIGINT, ctrl_c)  # the import has made it end the process, with status 0
         try:
             return getattr(dask_jobqueue, self.cluster_class)(**self.arguments())
         except (TypeError, ValueError) as error:  # an option that it does not know

@@ -268,8 +268,8 @@ class Driver:
             if flight.only_on is not None and not flight.only_on & there:
                 del self._flights[key]
                 flight.future.cancel()
-                if flight.alone and not any(map(self._retired, flight.only_on)):
-                    self._died_alone(flight.positions[0], 1)
+                if flight.alone:
+                    self._left_alone(flight, 1)
                 else:
                     self._again(flight)
         if not self.workers.fit and (broken := self._broken.keys() & there):
@@ -278,12 +278,6 @@ class Driver:
             self._wait_for_workers(self.workers.absent_since)
         else:
             self._told_of_absence = False
-
-    def _retired(self, address: str) -> bool:
-        try:
-            return self.workers.retired(address)
-        except OSError as error:
-            raise SchedulerGone(str(error)) from None
 
     def _wait_for_workers(self, since: float) -> None:
         waited = time.monotonic() - since
@@ -435,12 +429,23 @@ class Driver:
     def _after_deaths(self, flight: _Flight, deaths: int) -> None:
         """Dask gave a task up because its workers died; it counts every task that was on them, guilty or not."""
         if flight.alone:
-            self._died_alone(flight.positions[0], deaths)
+            self._left_alone(flight, deaths)
             return
         if not self._suspects:
             log.warning("workers died; the shards that were on them are tried once more, each alone, at the end")
         self._suspects.extend(flight.positions)
         self._count_kill()
+
+    def _left_alone(self, flight: _Flight, deaths: int) -> None:
+        """The worker went while a shard had its machine to itself; was it the shard?"""
+        try:
+            retired = any(map(self.workers.retired, flight.only_on or ()))
+        except OSError as error:
+            raise SchedulerGone(str(error)) from None
+        if retired:
+            self._again(flight)
+        else:
+            self._died_alone(flight.positions[0], deaths)
 
     def _died_alone(self, position: int, deaths: int) -> None:
         """A shard had its machine to itself and the worker died: a few times, and it is set aside."""
@@ -477,7 +482,7 @@ class Driver:
                 self._breaks_in_a_row += not flight.alone
             what = "its shards are tried once more" if error.had_begun else "the others went on without it"
             self.report.note(f"{error}; {what}")
-            log.warning("%s; %s", error, what, exc_info=None if self._breaks else error.cause)
+            log.warning("%s; %s", error, what, exc_info=error.cause if error.had_begun and not self._breaks else None)
         if not error.had_begun:
             self._again(flight)
         elif flight.alone:

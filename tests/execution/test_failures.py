@@ -42,24 +42,40 @@ from tests.stub import ColourEmbedder, ColourModel
 class SharedScene(Scene):
     """Runs on one cluster of processes that all scenes share; workers that were killed have come back."""
 
+    local: LocalCluster
     client: Client
+
+    def start(self) -> None:
+        with dask.config.set({"distributed.scheduler.allowed-failures": 0}):  # the first death makes suspects
+            self.local = LocalCluster(
+                n_workers=self.workers, threads_per_worker=2, processes=True, dashboard_address=":0"
+            )
+        self.client = Client(self.local)
+
+    def close(self) -> None:
+        self.client.close()
+        self.local.close()
 
     @contextmanager
     def cluster(self) -> Iterator[Client]:
-        self.client.wait_for_workers(self.workers)
+        try:
+            self.client.wait_for_workers(self.workers, timeout=20)
+        except TimeoutError:  # nobody starts a worker again that was killed while it was starting
+            self.close()
+            self.start()
         self.client.run(failures.import_everything)
         yield self.client
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):  # the first death makes suspects
-        cluster = LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=":0")
-    with cluster, Client(cluster) as client:
-        made = SharedScene(tmp_path_factory.mktemp("failures"), shards=48, workers=2, pause=0.02)
-        made.client = client
+    made = SharedScene(tmp_path_factory.mktemp("failures"), shards=48, workers=2, pause=0.02)
+    made.start()
+    try:
         made.prepare()
         yield made
+    finally:
+        made.close()
 
 
 def test_killed_workers_cost_only_time(scene: Scene) -> None:
@@ -177,10 +193,39 @@ class Pausing(ColourEmbedder):
         return super().load_model(device, threads)
 
 
-def later(seconds: float, do: Callable[[], Any]) -> threading.Timer:
-    timer = threading.Timer(seconds, do)
-    timer.start()
-    return timer
+class Together(Pausing):
+    """Its model is ready when three workers are about to load it."""
+
+    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        found = super().load_model(device, threads)
+        wait_until(lambda: len(Pausing.ran_on) == 3)
+        return found
+
+
+@contextmanager
+def meanwhile(*steps: tuple[Callable[[], bool], Callable[[], Any]]) -> Iterator[None]:
+    """Beside the block, one after another: wait until something holds, then do something."""
+
+    def go() -> None:
+        for holds, do in steps:
+            wait_until(holds)
+            do()
+
+    thread = threading.Thread(target=go)
+    thread.start()
+    yield
+    thread.join(30)
+
+
+def wait_until(holds: Callable[[], bool], within: float = 30.0) -> None:
+    until = time.monotonic() + within
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def has_begun(output: Path) -> Callable[[], bool]:
+    return lambda: any(output.glob("*.parquet"))
 
 
 def save(step: ColourEmbedder, source: Path, output: Path) -> RunReport:
@@ -197,12 +242,13 @@ def test_a_run_waits_for_its_first_worker_and_takes_in_those_that_join(
     monkeypatch.setattr(workers, "TELL_AFTER_S", 0.1)
     monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
     Pausing.ran_on.clear()
-    timers = [later(0.5, lambda: nobody.scale(1)), later(1.0, lambda: nobody.scale(3))]
-    report = save(Pausing(), source, tmp_path / "out")
-    [timer.join() for timer in timers]
-    assert "waiting for the first worker of the Dask cluster at inproc://" in caplog.text
-    assert report.shards["done"] == 12 and report.workers == 3
-    assert len(Pausing.ran_on) == 3
+    told = "waiting for the first worker of the Dask cluster at inproc://"
+    with meanwhile(
+        (lambda: told in caplog.text, lambda: nobody.scale(1)),
+        (lambda: bool(Pausing.ran_on), lambda: nobody.scale(3)),
+    ):
+        report = save(Together(), source, tmp_path / "out")
+    assert report.shards["done"] == 12 and report.workers == len(Pausing.ran_on) == 3
 
 
 def test_a_run_outlives_its_last_worker(
@@ -214,12 +260,13 @@ def test_a_run_outlives_its_last_worker(
 ) -> None:
     monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
     nobody.scale(1)
-    timers = [later(0.6, lambda: nobody.scale(0)), later(1.2, lambda: nobody.scale(1))]
-    report = save(Pausing(), source, tmp_path / "out")
-    [timer.join() for timer in timers]
+    with meanwhile(
+        (has_begun(tmp_path / "out"), lambda: nobody.scale(0)),
+        (lambda: "no worker is left" in caplog.text, lambda: nobody.scale(1)),
+    ):
+        report = save(Pausing(), source, tmp_path / "out")
     assert report.shards == {"done": 12, "skipped": 0, "failed": 0, "left": 0}
     assert report.workers_lost >= 1
-    assert "no worker is left" in caplog.text
 
 
 def test_a_run_whose_workers_do_not_come_back_ends_with_a_remedy(
@@ -227,10 +274,13 @@ def test_a_run_whose_workers_do_not_come_back_ends_with_a_remedy(
 ) -> None:
     monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
     nobody.scale(1)
-    timer = later(0.6, lambda: nobody.scale(0))
-    with dask.config.set({workers.WAIT_KEY: "500ms"}), pytest.raises(RunStopped, match=workers.WAIT_KEY) as stopped:
-        save(Pausing(), source, tmp_path / "out")
-    timer.join()
+    wait, output = {workers.WAIT_KEY: "500ms"}, tmp_path / "out"
+    with (
+        meanwhile((has_begun(output), lambda: nobody.scale(0))),
+        dask.config.set(wait),
+        pytest.raises(RunStopped, match=workers.WAIT_KEY) as stopped,
+    ):
+        save(Pausing(), source, output)
     report = stopped.value.report
     assert report.shards["left"] > 0
     assert report.shards["done"] + report.shards["left"] == 12
@@ -529,13 +579,6 @@ class OnlyOne(ColourEmbedder):
         return super().load_model(device, threads)
 
 
-def wait_until(holds: Callable[[], bool], within: float = 30.0) -> None:
-    until = time.monotonic() + within
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 def test_a_run_goes_on_with_the_one_worker_that_can_do_it(nobody: LocalCluster, source: Path, tmp_path: Path) -> None:
     nobody.scale(4)
     Client.current().wait_for_workers(4)
@@ -701,8 +744,9 @@ def test_shards_that_were_to_blame_do_not_clear_each_other() -> None:
     assert not made.report.ended and not made._suspects
 
 
+@pytest.mark.parametrize("told_by", ["look", "dask"])
 @pytest.mark.parametrize("retired", [True, False])
-def test_a_worker_that_was_sent_away_was_not_killed(retired: bool, nobody: LocalCluster) -> None:
+def test_a_worker_that_was_sent_away_was_not_killed(retired: bool, told_by: str, nobody: LocalCluster) -> None:
     nobody.scale(1)
     client = Client.current()
     client.wait_for_workers(1)
@@ -711,13 +755,17 @@ def test_a_worker_that_was_sent_away_was_not_killed(retired: bool, nobody: Local
     made.bar = SimpleNamespace(set_postfix_str=lambda text: None)  # type: ignore[assignment]
     made._look()
     future: Any = SimpleNamespace(cancel=lambda: None)
-    made._flights["trial"] = driver._Flight(future, (0,), frozenset([address]), alone=True)
+    flight = driver._Flight(future, (0,), frozenset([address]), alone=True)
     if retired:
         nobody.scale(0)
     else:
         client.sync(gone, nobody.scheduler, address)
     wait_until(lambda: not client.nthreads())
-    made._look()
+    if told_by == "look":
+        made._flights["trial"] = flight
+        made._look()
+    else:
+        made._after_deaths(flight, 1)
     assert list(made._suspects) == [0] and not made._flights
     assert made._deaths[0] == (0 if retired else 1)
 

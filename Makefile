@@ -14,6 +14,9 @@ OLD_VENV := .venv-pyarrow14
 OLD_INSTALLED := $(OLD_VENV)/.installed
 DEMO ?= demo-output
 PYTEST_ARGS ?=
+# Test processes; each takes up to 3 GB. Files stay whole, because their fixtures are servers and clusters.
+TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
+IN_PARALLEL = -n $(TEST_PROCESSES) --dist loadfile
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 LOCKED_EXTRAS := s3 http clip faiss service clusters kubernetes databricks notebook demo docs test
 COMPILE = $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header $(LOCK_ARGS)
@@ -36,7 +39,7 @@ demo: $(INSTALLED) ## Embed real photographs and draw each beside its nearest ne
 	$(BIN)/curator-embed demo --output $(DEMO)
 
 test: lint $(OLD_INSTALLED) ## Lint, type-check and run the tests (not the slow ones)
-	PYARROW14_PYTHON="$(OLD_PYTHON)" $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(PYTEST_ARGS)
+	PYARROW14_PYTHON="$(OLD_PYTHON)" $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(IN_PARALLEL) $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) $(OLD_INSTALLED) ## Run the tests that take minutes
 	PYARROW14_PYTHON="$(OLD_PYTHON)" $(BIN)/python -m pytest -m "slow and not gpu and not slurm" $(PYTEST_ARGS)

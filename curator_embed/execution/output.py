@@ -209,8 +209,9 @@ def clear_temporaries(folder: Location, stems: Collection[str] | None = None) ->
         if not marker or kind not in (".parquet", ".tar") or (stems is not None and stem not in stems):
             continue
         if entry.is_file(follow_symlinks=False) and owner.partition("-")[0].isdigit():
-            os.unlink(entry.path)
-            removed += 1
+            with suppress(FileNotFoundError):  # a worker whose driver died finishes what it has
+                os.unlink(entry.path)
+                removed += 1
     return removed
 
 

@@ -98,6 +98,18 @@ def test_what_killed_runs_leave_behind_is_removed(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.parquet", "notes.tmp-1"]
 
 
+def test_a_temporary_that_its_writer_takes_away_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0.parquet.tmp-999999-abcd").write_bytes(b"half")
+    remove = os.unlink
+
+    def too_late(path: str) -> None:
+        remove(path)
+        remove(path)
+
+    monkeypatch.setattr(os, "unlink", too_late)
+    assert clear_temporaries(Location.of(str(tmp_path))) == 0
+
+
 def test_temporaries_of_a_former_run_with_this_process_number_are_removed(tmp_path: Path) -> None:
     (tmp_path / f"0.parquet.tmp-{os.getpid()}-abcd").write_bytes(b"half")
     assert clear_temporaries(Location.of(str(tmp_path))) == 1

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 8
 """Shards of one group that may wait for the model at a time; groups hold small shards only."""
+ASK_EVERY_S = 0.2
+"""How often a group that waits for its shards looks whether they are wanted back."""
 
 
 def _no() -> bool:
@@ -67,10 +69,13 @@ def run_group(
             finish()
     while waiting:
         opened = waiting[0][1].opened
-        if giving_back() and opened is not None and not opened.done():
-            waiting.popleft()[1].abandon()
-        else:
+        assert opened is not None
+        while not opened.wait(ASK_EVERY_S) and not giving_back():
+            pass
+        if opened.done():
             finish()
+        else:
+            waiting.popleft()[1].abandon()
     done = [report for report in reports if report is not None]
     if done:
         done[-1].seconds, done[-1].queues = pipeline.clock.take(), pipeline.take_queues()

@@ -81,12 +81,17 @@ class OpenShard:
         with self._lock:
             return self._outstanding == 0 or self._fault is not None
 
-    def wait(self) -> None:
-        """Wait until everything handed in has come out; raises what broke the pipeline, if anything did."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until everything handed in has come out; raises what broke the pipeline, if anything did.
+
+        Returns:
+            Whether it has; False when ``seconds`` were too few.
+        """
         with self._lock:
-            self._lock.wait_for(lambda: self._outstanding == 0 or self._fault is not None)
+            done = self._lock.wait_for(lambda: self._outstanding == 0 or self._fault is not None, seconds)
             if self._fault is not None:
                 raise self._fault
+            return done
 
     def _finish(self, count: int = 1) -> None:
         with self._lock:

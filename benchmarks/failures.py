@@ -34,6 +34,7 @@ from typing import Any
 
 import psutil
 from distributed import Client
+from distributed.core import Status
 from PIL import Image
 
 from benchmarks.images import write_shards
@@ -49,6 +50,9 @@ MARK = (255, 0, 255)
 """Colour of the images of a marked shard."""
 SAMPLES = 4
 """Images of each shard."""
+NANNY_KNOWS_S = 0.3
+"""So long after its first task a worker's nanny surely knows that it has started; one that dies before is not started
+again. Real workers take longer to load their models."""
 
 
 class Troubled(MeanColour):
@@ -74,6 +78,7 @@ class Troubled(MeanColour):
             if isinstance(self.on_mark, str):
                 with open(self.on_mark, "a") as file:
                     file.write(f"{os.getpid()}\n")
+                time.sleep(NANNY_KNOWS_S)
                 os.kill(os.getpid(), signal.SIGKILL)
             seconds += self.on_mark
         if self.slow_worker is not None and _is_first(self.slow_worker[0]):
@@ -195,7 +200,8 @@ def kills(
 
         def kill() -> None:
             while len(killed) < at_most and not over.wait(chosen.uniform(*every)):
-                alive = [nanny.pid for nanny in client.cluster.workers.values() if nanny.pid is not None]
+                nannies = [nanny for nanny in client.cluster.workers.values() if nanny.process is not None]
+                alive = [nanny.pid for nanny in nannies if nanny.process.status == Status.running]
                 if alive:
                     killed.append(chosen.choice(alive))
                     os.kill(killed[-1], signal.SIGKILL)

@@ -67,7 +67,7 @@ KILLS_IN_A_ROW = 10
 is to blame. Shards that are set aside after they were tried alone do not count: those are to blame."""
 BROKEN = 2
 """A shard that had been begun each time when so many pipelines broke down is tried alone."""
-BREAKS_IN_A_ROW = 10
+BREAKS_IN_A_ROW = 4
 """After so many broken pipelines with no shard finished in between, the model is to blame."""
 
 

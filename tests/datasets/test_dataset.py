@@ -23,6 +23,7 @@ from curator_embed import get_client
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.embedders import ImageEmbedder, TimmImageEmbedder
 from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.execution.driver import BREAKS_IN_A_ROW
 from curator_embed.execution.run import RowsFailed
 from curator_embed.steps import BatchModel
 from tests.rows import assert_embedded, assert_failed, colour_vector, table_rows, tar_images
@@ -343,7 +344,7 @@ def test_an_error_in_the_model_ends_the_run(tmp_path: Path, wheel_photos: list[P
     with pytest.raises(Exception, match="the model is out of order"):
         Fails()(open_dataset(folder)).save_metadata(str(tmp_path / "out"), progress=False)
     report = ColourEmbedder()(open_dataset(folder)).save_metadata(str(tmp_path / "out"), progress=False)
-    assert Fails.loaded == 1
+    assert Fails.loaded <= 1 + BREAKS_IN_A_ROW
     assert report.shards["done"] == 12
     assert report.embedded == 72
 

@@ -344,7 +344,7 @@ def test_an_error_in_the_model_ends_the_run(tmp_path: Path, wheel_photos: list[P
     with pytest.raises(Exception, match="the model is out of order"):
         Fails()(open_dataset(folder)).save_metadata(str(tmp_path / "out"), progress=False)
     report = ColourEmbedder()(open_dataset(folder)).save_metadata(str(tmp_path / "out"), progress=False)
-    assert Fails.loaded <= 1 + BREAKS_IN_A_ROW
+    assert Fails.loaded <= 2 * BREAKS_IN_A_ROW
     assert report.shards["done"] == 12
     assert report.embedded == 72
 

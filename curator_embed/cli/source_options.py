@@ -8,28 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curator_embed.cli.source_kind import SourceKind, detect
 from curator_embed.errors import UsageError
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset
 
 
-class SourceKind(StrEnum):
-    """What SRC is."""
-
-    auto = "auto"
-    webdataset = "webdataset"
-    path_list = "path-list"
-    folder = "folder"
-    parquet = "parquet"
-
-
-_LIST_ENDINGS = (".txt", ".lst", ".list")
 _LIST = "Path lists: "
 _S3 = "S3: "
 
@@ -225,38 +214,3 @@ class SourceOptions:
         """The options among these that differ from their defaults."""
         defaults = {item.name: item.default for item in fields(self)}
         return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}
-
-
-def detect(src: str, storage_options: dict[str, Any]) -> SourceKind:
-    """See what a source is: by its ending, or for a folder by what lies in it."""
-    from curator_embed.sources import files
-    from curator_embed.sources.sniff import IMAGE_EXTENSIONS
-
-    ending = os.path.splitext(src)[1].lower()
-    if ending in _LIST_ENDINGS:
-        return SourceKind.path_list
-    if ending == ".tar" or (not files.is_folder(src, storage_options) and ending != ".parquet"):
-        return SourceKind.webdataset
-    if ending == ".parquet":
-        return SourceKind.parquet if _holds_images(src, storage_options) else SourceKind.webdataset
-    found = files.list_files(src, "", storage_options, recursive=True)
-    endings = {os.path.splitext(path)[1].lower() for path in found}
-    if ".tar" in endings:
-        return SourceKind.webdataset
-    parquets = [path for path in found if path.lower().endswith(".parquet")]
-    if parquets:
-        return SourceKind.parquet if _holds_images(parquets[0], storage_options) else SourceKind.webdataset
-    return SourceKind.folder if any(e[1:] in IMAGE_EXTENSIONS for e in endings) else SourceKind.webdataset
-
-
-def _holds_images(path: str, storage_options: dict[str, Any]) -> bool:
-    """Whether a parquet file (of a glob or brace range: the first) has a column of bytes, and no tar beside it."""
-    from curator_embed.errors import CuratorEmbedError
-    from curator_embed.sources import files
-    from curator_embed.sources.parquet import find_parquets
-
-    try:
-        first = find_parquets(path, storage_options=storage_options)[0].path
-    except CuratorEmbedError:
-        return False
-    return not files.exists(f"{os.path.splitext(first)[0]}.tar", storage_options)

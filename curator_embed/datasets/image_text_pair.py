@@ -81,7 +81,10 @@ class ImageTextPairDataset:
             )
         )
         if metadata_path is not None:
+            from curator_embed.sources.tables import check_tables_folder
+
             folder = absolute(metadata_path).rstrip("/")
+            check_tables_folder(folder, storage_options)
             shards = [shard.with_table(f"{folder}/{shard.name}.parquet") for shard in shards]
         return cls(shards, id_col, storage_options=storage_options)
 
@@ -123,7 +126,7 @@ class ImageTextPairDataset:
             storage_options: handed on to fsspec.
 
         Raises:
-            UsageError: no such lines, or arguments that contradict each other.
+            UsageError: no such list, lines or root, or arguments that contradict each other.
             SourceError: the list cannot be read.
         """
         from curator_embed.sources.path_list import find_lines

@@ -366,8 +366,12 @@ def find_lines(
         raise UsageError(f"dataset={dataset!r} begins file names and lines: give a name without '/'")
     if not files.is_remote(listing):
         listing = os.path.abspath(files.local_path(listing))  # workers may run in other folders
+    if not files.exists(listing, storage_options):
+        raise UsageError(f"{redact(listing)}: no such file")
     if root is not None and not files.is_remote(os.fspath(root)):
         root = os.path.abspath(files.local_path(os.fspath(root)))
+        if not os.path.isdir(root):
+            raise UsageError(f"{root}: no such folder. Say with root= where the images of the list lie")
     with open_source(listing, storage_options) as source:
         ranges = index_lines(source, images_per_file, start_line, end_line)
     if not ranges:

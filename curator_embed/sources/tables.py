@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from curator_embed.errors import SourceError
+from curator_embed.errors import UsageError
 from curator_embed.sources import files
 from curator_embed.sources.files import StorageOptions
 from curator_embed.sources.shard import Shard
@@ -19,7 +19,8 @@ def with_found_tables(
         folder: where to look; by default where a run without an output path puts them.
 
     Raises:
-        SourceError: a ``folder`` was named and cannot be listed.
+        UsageError: a ``folder`` was named, and there is none.
+        SourceError: it cannot be listed.
     """
     if not shards:
         return []
@@ -27,7 +28,13 @@ def with_found_tables(
     place = folder if folder is not None else own.rpartition("/")[0] if own is not None else None
     if place is None or (folder is None and not files.is_folder(place, storage_options)):
         return list(shards)
-    if folder is not None and not files.is_folder(folder, storage_options):
-        raise SourceError(files.redact(folder), "no such folder", "Say where the metadata parquet files lie")
+    if folder is not None:
+        check_tables_folder(folder, storage_options)
     found = {path.rpartition("/")[2]: path for path in files.list_files(place, ".parquet", storage_options)}
     return [shard.with_table(found[name]) if (name := f"{shard.name}.parquet") in found else shard for shard in shards]
+
+
+def check_tables_folder(folder: str, storage_options: StorageOptions = None) -> None:
+    """Raises UsageError where there is no such folder."""
+    if not files.is_folder(folder, storage_options):
+        raise UsageError(f"{files.redact(folder)}: no such folder. Say with metadata_path= where the parquet files lie")

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curator_embed.cli.source_options import SourceKind, SourceOptions, detect
+from curator_embed.cli.source_kind import SourceKind, detect
+from curator_embed.cli.source_options import SourceOptions
 from curator_embed.errors import UsageError
 from tests.shards import crops, write_dataset
 
@@ -85,9 +86,47 @@ def test_what_a_source_is(images: Path, wheel_photos: list[Path]) -> None:
         ("tables/00000.parquet", SourceKind.webdataset),
         ("wds", SourceKind.webdataset),
         ("wds/{00000..00001}.tar", SourceKind.webdataset),
-        ("nowhere", SourceKind.webdataset),
     ):
         assert detect(str(images / name), {}) is kind, name
+    run_into = images / "images" / "out"
+    run_into.mkdir()
+    pq.write_table(pa.table({"path": ["0.jpg"]}), run_into / "0.parquet")
+    assert detect(str(images / "images"), {}) is SourceKind.folder  # an output within is no input
+
+
+def test_what_no_source_is(images: Path) -> None:
+    texts = images / "texts"
+    texts.mkdir()
+    for name in ("a.txt", "b.txt", "c.csv"):
+        (texts / name).write_text("a")
+    (images / "empty").mkdir()
+    (images / "both").mkdir()
+    (images / "both" / "0.jpg").write_bytes(b"x")
+    (images / "both" / "0.parquet").write_bytes((images / "parquets" / "0.parquet").read_bytes())
+    for name, words in (
+        ("texts", r"no images there, but 2 \.txt, 1 \.csv\. A webdataset is a folder of"),
+        ("empty", "nothing at all"),
+        ("both", "1 image files are there, and parquet files.*--source folder or --source parquet"),
+        ("texts/c.csv", "say --source path-list"),
+        ("images/0.jpg", "by their folder"),
+        ("nowhere", "no such file or folder"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            detect(str(images / name), {})
+
+
+def test_what_is_not_there_is_bad_usage(run: Run, images: Path, source: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    for arguments in (
+        (tmp_path / "nowhere.txt",),
+        (tmp_path / "nowhere.parquet",),
+        (images / "list.txt", "--root", nowhere),
+        (images / "images", "--metadata", nowhere),
+        (source, "--metadata", nowhere),
+    ):
+        ran = run("columns", *arguments, "--properties", "--output", tmp_path / "out")
+        assert (ran.status, ran.out) == (2, ""), arguments
+        assert str(nowhere) in ran.err, arguments
 
 
 @pytest.mark.parametrize(

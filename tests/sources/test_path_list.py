@@ -115,7 +115,7 @@ def test_names_and_ranges(tmp_path: Path) -> None:
             find_lines(listing, **wrong)
     with pytest.raises(UsageError, match="empty"):
         find_lines(written(tmp_path, b"", "empty.txt"))
-    with pytest.raises(SourceError, match="does not exist"):
+    with pytest.raises(UsageError, match="no such file"):
         find_lines(tmp_path / "nowhere.txt")
 
 
@@ -139,8 +139,13 @@ def test_a_changed_list_is_not_believed(tmp_path: Path) -> None:
 
 def test_a_missing_root_is_an_error_and_missing_images_are_rows(tmp_path: Path) -> None:
     listing = written(tmp_path, b"a.jpg\nb.jpg\n")
+    with pytest.raises(UsageError, match="gone: no such folder"):
+        find_lines(listing, root=tmp_path / "gone")
+    (tmp_path / "going").mkdir()
+    (opened,) = find_lines(listing, root=tmp_path / "going")
+    (tmp_path / "going").rmdir()
     with pytest.raises(SourceError, match="no such folder"):
-        list(find_lines(listing, root=tmp_path / "gone")[0].samples(id_col="path"))
+        list(opened.samples(id_col="path"))
     (shard,) = find_lines(listing, root=tmp_path)
     assert [s.error for s in shard.samples(id_col="path")] == [Reason.NOT_FOUND] * 2
     assert "not one image is there" in shard.notes()[0].message

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.errors import SourceError, UsageError
+from curator_embed.errors import UsageError
 from curator_embed.execution.lock import OutputLock, OutputLocked, parts_overlap
 from curator_embed.execution.output import Location
 from curator_embed.execution.run import RunStopped
@@ -224,5 +224,5 @@ def test_secrets_stay_out_of_what_is_written(client: Client, listing: Path, tmp_
 
 
 def test_a_missing_metadata_folder_is_said(listing: Path) -> None:
-    with pytest.raises(SourceError, match="no such folder"):
+    with pytest.raises(UsageError, match="no such folder"):
         opened(listing, metadata_path=str(listing.parent / "nowhere"))

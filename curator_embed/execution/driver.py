@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker, NoValidWorkerError
-from tqdm.auto import tqdm
 
 from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.planning import group_shards
+from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import ShardReport
 from curator_embed.execution.worker import (
@@ -155,7 +155,7 @@ class Driver:
         self.workers.look()
         total = self.plan.rows if self.plan.rows_known else None
         topic = progress_topic(self.run_id)
-        with tqdm(total=total, unit="img", disable=not show, smoothing=0.1, dynamic_ncols=True) as bar:
+        with Progress(total, show) as bar:
             self.bar = bar
             self.client.subscribe_topic(topic, lambda event: bar.update(event[1]["images"]))
             try:
@@ -406,7 +406,7 @@ class Driver:
         elif rest:  # the task was slow: one by one, to others
             self._waiting.extend((position,) for position in rest)
             self._avoid.update(dict.fromkeys(rest, task.worker))
-        self.bar.set_postfix(failed=self.report.failed, refresh=False)
+        self.bar.set_postfix(failed=self.report.failed)
 
     def _add(self, shard: ShardReport) -> None:
         """Count a shard. With ``on_error="raise"`` the failed rows of an earlier run count as this one's would."""

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,9 @@ LOOK_EVERY_S = 1.0
 STOP_EVERY_S = 0.2
 """How often it is looked whether the workers must be told to stop."""
 SLOW = 2.0
-"""A task that goes on for so many times what others took for as many shards, while threads have nothing to do, gives
-back what it has not finished."""
+"""A task that goes on for so many times what others took for as many shards, while threads have nothing to do, is slow.
+One of several shards gives back what it has not finished; what it still has after twice that time, and a shard that is
+alone in a slow task, is tried on another worker as well."""
 SLOW_AFTER_S = 2.0
 """No task is slow before there has been a thread with nothing to do for so long."""
 RESULT_WITHIN_S = 60.0
@@ -89,6 +90,7 @@ class _Flight:
         only_on: addresses it may run on; None for any.
         alone: the trial of a single shard that has its machine to itself.
         chance: how many chances had been given to broken workers when it was handed out.
+        began: when it was handed out, on the monotonic clock.
     """
 
     future: Future[TaskReport]
@@ -96,6 +98,7 @@ class _Flight:
     only_on: frozenset[str] | None = None
     alone: bool = False
     chance: int = 0
+    began: float = field(default_factory=time.monotonic)
 
 
 class Driver:
@@ -135,7 +138,9 @@ class Driver:
         self._breaks_in_a_row = 0
         self._worked = False  # some worker has finished a task
         self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
-        self._slow_tasks: list[str] = []  # to be asked for what they have not finished
+        self._settled: set[int] = set()  # shards that are counted, whatever became of them
+        self._twice: set[int] = set()  # shards that were handed out a second time while the first had them
+        self._ask_back: queue.SimpleQueue[list[str]] = queue.SimpleQueue()  # tasks whose shards are wanted back
         self._idle_since: float | None = None  # since when there are threads with nothing to do
         self._told_of_absence = False
         self._avoid: dict[int, str] = {}  # shard -> the worker that was too slow for it
@@ -191,9 +196,8 @@ class Driver:
             while not over.wait(STOP_EVERY_S):
                 if self._asked_to_stop():
                     self._tell(stop_run, self.run_id)  # again and again: workers may be new
-                elif slow := self._slow_tasks:
-                    self._slow_tasks = []
-                    self._tell(ask_back, slow)
+                elif asked := self._asked_back():
+                    self._tell(ask_back, asked)
             self._tell(close_run, self.run_id, CLOSE_WITHIN_S)
 
         thread = threading.Thread(target=talk, name="talking-to-workers", daemon=True)
@@ -203,6 +207,13 @@ class Driver:
         finally:
             over.set()
             thread.join(CLOSE_WITHIN_S)
+
+    def _asked_back(self) -> list[str]:
+        """The tasks to ask that have come together since the last time."""
+        asked: dict[str, None] = {}
+        while not self._ask_back.empty():
+            asked.update(dict.fromkeys(self._ask_back.get()))
+        return list(asked)
 
     def _tell(self, message: Callable[..., Any], content: str | list[str], within: float = TELL_WITHIN_S) -> None:
         """Call a function on every worker there is; what goes wrong is no reason to stop talking."""
@@ -238,7 +249,7 @@ class Driver:
                     break
                 if not self._stopping():
                     self._hand_out(limit)
-                    self._slow_tasks = self._find_slow()
+                    self._look_after_slow(limit)
                 with suppress(queue.Empty):
                     self._take(self._finished.get(timeout=LOOK_EVERY_S))
         except SchedulerGone as error:
@@ -247,8 +258,9 @@ class Driver:
                 "start the cluster again and run the same again to go on from there"
             )
         finally:
-            left = [*self._waiting, *(flight.positions for flight in self._flights.values())]
-            self._leave(sum(map(len, left)) + len(self._suspects))
+            begun = (flight.positions for flight in self._flights.values())
+            left = {position for positions in (*self._waiting, *begun, self._suspects) for position in positions}
+            self._leave(len(left - self._settled))
             for flight in self._flights.values():
                 flight.future.cancel()
             for emptied in (self._waiting, self._flights, self._suspects):
@@ -314,21 +326,56 @@ class Driver:
             if self._suspects and free not in busy:
                 self._submit((self._suspects.popleft(),), limit, frozenset([address]), alone=True)
 
-    def _find_slow(self) -> list[str]:
-        """Tasks of several shards that take far longer than others did, while there are threads with nothing to do."""
-        now = time.monotonic()
-        if self._waiting or len(self._flights) >= sum(self.workers.fit.values()):
+    def _look_after_slow(self, limit: int | None) -> None:
+        """While threads have nothing to do: ask slow tasks for what they have, and give it to others."""
+        now, threads = time.monotonic(), sum(self.workers.fit.values())
+        if self._waiting or len(self._flights) >= threads:
             self._idle_since = None
-            return []
+            return
         self._idle_since = self._idle_since or now
         if len(self.workers.fit) < 2 or not self._paces:
-            return []
-        usual, waited = median(self._paces), now - self._idle_since  # since then no task has waited for a thread
-        return [
-            key
-            for key, flight in self._flights.items()
-            if len(flight.positions) > 1 and waited > max(SLOW_AFTER_S, SLOW * usual * len(flight.positions))
-        ]
+            return
+        usual, slow, stuck = median(self._paces), [], []
+        for key, flight in self._flights.items():
+            # Since there are threads with nothing to do, no task has waited for one.
+            waited, several = now - max(self._idle_since, flight.began), len(flight.positions) > 1
+            patient = max(SLOW_AFTER_S, SLOW * usual * len(flight.positions))
+            if several and waited > patient:
+                slow.append(key)
+            if not flight.alone and waited > patient * (1 + several):
+                stuck.append(key)
+        if slow:
+            self._ask_back.put(slow)
+        if stuck:
+            self._try_elsewhere(stuck, threads - len(self._flights), limit)
+
+    def _try_elsewhere(self, tasks: Sequence[str], most: int, limit: int | None) -> None:
+        """Hand out shards of tasks that hang a second time, to other workers; who is first with a shard wins.
+
+        Both make the same file, and who is second finds that out when it writes (``ShardRun.finish``).
+        """
+        held = Counter(position for flight in self._flights.values() for position in flight.positions)
+        undone = {
+            key: [p for p in self._flights[key].positions if held[p] == 1 and p not in self._settled] for key in tasks
+        }
+        if not any(undone.values()):
+            return
+        try:
+            places = self.client.processing()
+        except OSError as error:
+            raise SchedulerGone(str(error)) from None
+        fit = self.workers.fit.keys()
+        for key, positions in undone.items():
+            there = {address for address, keys in places.items() if key in keys}
+            hosts = set(map(host, there))
+            others = {a for a in fit if host(a) not in hosts} or fit - there  # a machine's other workers hang with it
+            if not there or not others:
+                continue
+            for position in positions[: max(0, most)]:
+                log.warning("%s takes long on %s; trying it elsewhere", self.plan.shards[position].name, *there)
+                self._twice.add(position)
+                self._submit((position,), limit, frozenset(others))
+                most -= 1
 
     def _submit(
         self, positions: tuple[int, ...], limit: int | None, only_on: frozenset[str] | None, alone: bool = False
@@ -391,22 +438,46 @@ class Driver:
             future.release()
 
     def _count(self, flight: _Flight, task: TaskReport) -> None:
-        done = [report for report in task.shards if report is not None]
-        for report in done:
+        done = 0
+        for position, report in zip(flight.positions, task.shards, strict=True):
+            if report is None or position in self._settled:
+                continue
             # Not done when the run began, done when it came to it: a worker of this run finished it and died.
             report.skipped = False
             self._add(report)
+            self._settled.add(position)
+            done += 1
         if done:
             self._worked, self._kills_in_a_row, self._breaks_in_a_row = True, 0, 0
             self.workers.have_worked()
-            self._paces.append(task.seconds / len(done))
-        rest = [p for p, report in zip(flight.positions, task.shards, strict=True) if report is None]
+            self._paces.append(task.seconds / done)
+            self._call_off(flight.positions)
+        rest = self._only_here(flight)
         if rest and self._stopping():
             self._leave(len(rest))
         elif rest:  # the task was slow: one by one, to others
             self._waiting.extend((position,) for position in rest)
             self._avoid.update(dict.fromkeys(rest, task.worker))
         self.bar.set_postfix(failed=self.report.failed)
+
+    def _call_off(self, positions: Sequence[int]) -> None:
+        """Nobody needs the other tasks that have only shards of these, all of which are finished."""
+        if self._twice.isdisjoint(positions):
+            return
+        for key, flight in list(self._flights.items()):
+            if self._settled.issuperset(flight.positions):
+                del self._flights[key]
+                flight.future.cancel()
+                self._ask_back.put([key])  # Dask lets it run to its end
+
+    def _only_here(self, flight: _Flight) -> list[int]:
+        """Shards of a task that is over which are not finished and which no other task has."""
+        return [
+            position
+            for position in flight.positions
+            if position not in self._settled
+            and not (position in self._twice and any(position in f.positions for f in self._flights.values()))
+        ]
 
     def _add(self, shard: ShardReport) -> None:
         """Count a shard. With ``on_error="raise"`` the failed rows of an earlier run count as this one's would."""
@@ -421,8 +492,8 @@ class Driver:
         """Put a task's shards where they came from."""
         if flight.alone:
             self._suspects.appendleft(flight.positions[0])
-        else:
-            self._waiting.appendleft(flight.positions)
+        elif left := self._only_here(flight):
+            self._waiting.appendleft(tuple(left))
 
     # -- workers that die or cannot do the job ---------------------------------------------
 
@@ -431,9 +502,10 @@ class Driver:
         if flight.alone:
             self._left_alone(flight, deaths)
             return
-        if not self._suspects:
+        suspects = self._only_here(flight)
+        if suspects and not self._suspects:
             log.warning("workers died; the shards that were on them are tried once more, each alone, at the end")
-        self._suspects.extend(flight.positions)
+        self._suspects.extend(suspects)
         self._count_kill()
 
     def _left_alone(self, flight: _Flight, deaths: int) -> None:
@@ -461,6 +533,7 @@ class Driver:
 
     def _set_aside(self, position: int, why: str) -> None:
         shard = self.plan.shards[position]
+        self._settled.add(position)
         self.report.add(ShardReport(shard.name, fault=f"shard: {shard.image_source() or shard.name}: {why}"))
 
     def _count_kill(self) -> None:
@@ -501,7 +574,7 @@ class Driver:
         """A pipeline broke down: the worker may be to blame, the model, or any shard that was in it."""
         self._broken.setdefault(error.address, set()).update(flight.positions)
         self._breaks.update(flight.positions)
-        for position in flight.positions:
+        for position in self._only_here(flight):
             if self._breaks[position] < BROKEN:
                 self._waiting.append((position,))  # by itself, so that fewer are beside it if it breaks the next one
             else:

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +34,8 @@ from curator_embed.execution.shard_run import ShardRun
 from curator_embed.execution.worker import METRICS, PipelineKeeper
 from curator_embed.steps import BatchModel
 from tests.command import REPO
-from tests.shards import write_dataset
 from tests.stub import ColourEmbedder, ColourModel
+from tests.threads import Pausing, has_begun, meanwhile, save, wait_until
 
 
 class SharedScene(Scene):
@@ -163,36 +162,6 @@ def test_at_scale() -> None:
 # -- workers that come, leave and differ: threads of this process, which come at once -----------
 
 
-@pytest.fixture
-def nobody() -> Iterator[LocalCluster]:
-    """A cluster without workers, whose client is the default one."""
-    options = {"processes": False, "threads_per_worker": 2, "dashboard_address": ":0"}
-    with LocalCluster(n_workers=0, **options) as cluster, Client(cluster):
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, wheel_photos: list[Path]) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("source") / "in", wheel_photos, shards=12, samples=4)
-
-
-class Pausing(ColourEmbedder):
-    """Takes its time, so that workers can come and go; notes which workers it ran on."""
-
-    ran_on: ClassVar[set[str]] = set()
-
-    def settled(self, **settings: Any) -> Pausing:
-        return self
-
-    def prepare(self, image: Any) -> Any:
-        time.sleep(0.1)
-        return super().prepare(image)
-
-    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
-        Pausing.ran_on.add(get_worker().address)
-        return super().load_model(device, threads)
-
-
 class Together(Pausing):
     """Its model is ready when three workers are about to load it."""
 
@@ -200,36 +169,6 @@ class Together(Pausing):
         found = super().load_model(device, threads)
         wait_until(lambda: len(Pausing.ran_on) == 3)
         return found
-
-
-@contextmanager
-def meanwhile(*steps: tuple[Callable[[], bool], Callable[[], Any]]) -> Iterator[None]:
-    """Beside the block, one after another: wait until something holds, then do something."""
-
-    def go() -> None:
-        for holds, do in steps:
-            wait_until(holds)
-            do()
-
-    thread = threading.Thread(target=go)
-    thread.start()
-    yield
-    thread.join(30)
-
-
-def wait_until(holds: Callable[[], bool], within: float = 30.0) -> None:
-    until = time.monotonic() + within
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
-def has_begun(output: Path) -> Callable[[], bool]:
-    return lambda: any(output.glob("*.parquet"))
-
-
-def save(step: ColourEmbedder, source: Path, output: Path) -> RunReport:
-    return step(ImageTextPairDataset.from_webdataset(str(source))).save_metadata(str(output), progress=False)
 
 
 def test_a_run_waits_for_its_first_worker_and_takes_in_those_that_join(

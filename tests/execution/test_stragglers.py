@@ -1,0 +1,196 @@
+"""Shards that hang on their worker are tried on another one: who is first counts, and who is second does no harm."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+from distributed import Client, LocalCluster, get_worker
+from distributed.scheduler import KilledWorker
+
+from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.execution import driver, shard_run
+from curator_embed.execution.output import write_table
+from curator_embed.execution.report import RunReport
+from curator_embed.execution.shard_run import ShardReport
+from curator_embed.execution.worker import TaskReport
+from curator_embed.steps import BatchModel
+from tests.rows import assert_embedded, table_rows, tar_images
+from tests.stub import ColourEmbedder
+from tests.threads import wait_until
+
+
+class Hanging(ColourEmbedder):
+    """Hangs on the first worker that loads it, until it is let go on."""
+
+    stage: ClassVar[str] = "decode"
+    go_on: ClassVar[threading.Event]
+    first: ClassVar[list[str]] = []
+    hung: ClassVar[list[str]] = []
+
+    def settled(self, **settings: Any) -> Hanging:
+        return self
+
+    def load_model(self, device: str, threads: int | None = None) -> BatchModel:
+        Hanging.first.append(get_worker().address)
+        self.hangs = get_worker().address == Hanging.first[0]
+        return super().load_model(device, threads)
+
+    def prepare(self, image: Any) -> Any:
+        if self.hangs and Hanging.stage == "decode":
+            Hanging.hang()
+        return super().prepare(image)
+
+    @classmethod
+    def hang(cls) -> None:
+        cls.hung.append("begun")
+        assert cls.go_on.wait(60)
+        cls.hung.append("ended")
+
+
+def write(*arguments: Any) -> int:
+    if Hanging.stage == "write" and get_worker().address == Hanging.first[0]:
+        Hanging.hang()
+    return write_table(*arguments)
+
+
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
+    monkeypatch.setattr(driver, "SLOW_AFTER_S", 0.2)
+    monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
+    monkeypatch.setattr(driver, "CLOSE_WITHIN_S", 0.5)
+    monkeypatch.setattr(Hanging, "go_on", threading.Event(), raising=False)
+    monkeypatch.setattr(shard_run, "write_table", write)
+    Hanging.first.clear()
+    Hanging.hung.clear()
+    yield Hanging()
+    Hanging.go_on.set()
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["new output", "in place"])
+@pytest.mark.parametrize(
+    ("stage", "size"), [("decode", 1), ("decode", 3), ("write", 1), ("write", 3)],
+    ids=["decoding", "decoding, three shards a task", "writing", "writing, three shards a task"],
+)  # fmt: skip
+def test_a_run_does_not_wait_for_a_worker_that_hangs(
+    stage: str,
+    size: int,
+    in_place: bool,
+    hanging: Hanging,
+    nobody: LocalCluster,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = lambda sizes, workers: [range(at, at + size) for at in range(0, len(sizes), size)]  # noqa: E731
+    monkeypatch.setattr(driver, "group_shards", groups)
+    monkeypatch.setattr(Hanging, "stage", stage)
+    nobody.scale(3)
+    Client.current().wait_for_workers(3)
+    folder = Path(shutil.copytree(source, tmp_path / "in"))
+    output = folder if in_place else tmp_path / "out"
+    dataset = hanging(ImageTextPairDataset.from_webdataset(str(folder)))
+    report = dataset.save_metadata(None if in_place else str(output), progress=False)
+    assert "begun" in Hanging.hung and "ended" not in Hanging.hung
+    assert report.shards == {"done": 12, "skipped": 0, "failed": 0, "left": 0}
+    rows, images = table_rows(output), tar_images(folder)
+    assert report.read == len(rows) and report.embedded == len(images) == 48
+    for key, image in images.items():
+        assert_embedded(rows[key], image)
+    before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in output.iterdir() if path.is_file()}
+    Hanging.go_on.set()
+    wait_until(lambda: all(not worker.state.executing_count for worker in nobody.workers.values()))
+    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in output.iterdir() if path.is_file()}
+    assert after == before, "who was second left everything as it was"
+
+
+class Task:
+    """A future of a finished task, or of one that goes on."""
+
+    def __init__(self, report: TaskReport | None = None, error: Exception | None = None) -> None:
+        self.key, self.report, self.error = f"task-{id(self)}", report, error
+        self.status = "finished" if error is None else "error"
+        self.cancelled = False
+
+    def result(self, timeout: float) -> TaskReport | None:
+        return self.report
+
+    def exception(self) -> Exception | None:
+        return self.error
+
+    def release(self) -> None:
+        pass
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@pytest.fixture
+def made() -> Any:
+    """A driver of four shards, without workers."""
+    plan: Any = SimpleNamespace(
+        shards=[SimpleNamespace(name=f"{n}") for n in range(4)], job=SimpleNamespace(on_error="")
+    )
+    client: Any = SimpleNamespace(nthreads=dict)
+    found: Any = driver.Driver(client, plan, RunReport(), None, threading.Event(), [])
+    found.bar = SimpleNamespace(set_postfix=lambda **what: None)
+    return found
+
+
+def hand_out(made: Any, task: Task, *positions: int) -> None:
+    made._twice.update(p for flight in made._flights.values() for p in positions if p in flight.positions)
+    made._flights[task.key] = driver._Flight(task, positions)  # type: ignore[arg-type]
+
+
+def told(*shards: int | None) -> TaskReport:
+    return TaskReport(
+        "tcp://a:1", 1.0, [None if n is None else ShardReport(f"{n}", read=1, embedded=1) for n in shards]
+    )
+
+
+def test_who_is_second_is_called_off_and_not_counted(made: Any) -> None:
+    first, second = Task(told(0)), Task(told(0))
+    hand_out(made, first, 0)
+    hand_out(made, second, 0)
+    made._take(second)
+    assert first.cancelled and made._asked_back() == [first.key] and not made._flights
+    made._take(first)  # it had finished when it was called off
+    assert made.report.read == made.report.shards["done"] == 1
+
+
+def test_shards_of_a_slow_task_that_others_finished_count_once(made: Any) -> None:
+    slow, second = Task(told(0, 1, None)), Task(told(1))
+    hand_out(made, slow, 0, 1, 2)
+    hand_out(made, second, 1)
+    made._take(second)
+    assert not slow.cancelled, "two of its shards are nobody else's"
+    made._take(slow)
+    assert made.report.read == made.report.shards["done"] == 2 and list(made._waiting) == [(2,)]
+
+
+@pytest.mark.parametrize("dies", ["first", "second"])
+def test_a_death_over_a_shard_that_another_task_has_makes_no_suspect(dies: str, made: Any) -> None:
+    tasks = {"first": Task(told(3)), "second": Task(told(3))}
+    for task in tasks.values():
+        hand_out(made, task, 3)
+    gone = tasks.pop(dies)
+    gone.status, gone.error = "error", KilledWorker(gone.key, SimpleNamespace(address="tcp://a:1"), 0)  # type: ignore[arg-type]
+    made._take(gone)
+    assert not made._suspects and not made._waiting
+    made._take(*tasks.values())
+    assert made.report.read == 1 and not made._flights
+
+
+def test_what_both_tasks_give_back_is_handed_out_once(made: Any) -> None:
+    tasks = [Task(told(None)), Task(told(None))]
+    for task in tasks:
+        hand_out(made, task, 2)
+    made._take(tasks[0])
+    assert not made._waiting
+    made._take(tasks[1])
+    assert list(made._waiting) == [(2,)]

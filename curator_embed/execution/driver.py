@@ -11,7 +11,7 @@ import queue
 import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -129,9 +129,11 @@ class Driver:
         self._flights: dict[str, _Flight] = {}
         self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
         self._suspects: deque[int] = deque()  # shards of tasks that killed or broke their workers, to be tried alone
-        self._deaths: Counter[int] = Counter()  # of workers, while trying this shard alone
+        self._deaths: defaultdict[int, Counter[str]] = defaultdict(Counter)  # by host, while trying this shard alone
+        self._paused_trials: dict[str, float] = {}  # since when the worker of a trial has been paused
         self._kills_in_a_row = self._most_under_way = 0
         self._breaks: Counter[int] = Counter()  # pipelines that broke while they had this shard
+        self._breakers: set[int] = set()  # shards that broke a pipeline while they had it to themselves
         self._broken: dict[str, set[int]] = {}  # workers that are left out because theirs did -> what they had
         self._chance = 0  # how often broken workers were let in again
         self._given: dict[str, int] = {}  # worker -> the chance it was let in again with
@@ -284,12 +286,33 @@ class Driver:
                     self._left_alone(flight, 1)
                 else:
                     self._again(flight)
+        self._watch_paused_trials()
         if not self.workers.fit and (broken := self._broken.keys() & there):
             self._let_in_again(broken)
         if self.workers.absent_since is not None:
             self._wait_for_workers(self.workers.absent_since)
         else:
             self._told_of_absence = False
+
+    def _watch_paused_trials(self) -> None:
+        """A paused worker finishes what it has begun and begins nothing: its trial is waited for, but not for ever."""
+        fit, now, since = self.workers.fit.keys(), time.monotonic(), self._paused_trials
+        paused = [key for key, flight in self._flights.items() if flight.alone and fit.isdisjoint(flight.only_on or ())]
+        self._paused_trials = {key: since.get(key, now) for key in paused}
+        for key in paused:
+            flight = self._flights[key]
+            if key not in since:
+                log.warning(
+                    "%s is tried alone on %s, which Dask has paused; waiting %.0f s for it to go on (%s)",
+                    self.plan.shards[flight.positions[0]].name,
+                    *(flight.only_on or ()),
+                    patience(),
+                    PAUSED_REMEDY,
+                )
+            elif now - since[key] >= patience():
+                del self._flights[key]
+                flight.future.cancel()
+                self._died_alone(flight, 1)
 
     def _wait_for_workers(self, since: float) -> None:
         waited = time.monotonic() - since
@@ -322,9 +345,15 @@ class Driver:
             return
         self._look()  # a shard must not be blamed for a worker that was dead before it came
         busy = {host(address) for flight in self._flights.values() for address in flight.only_on or ()}
-        for free, address in self.workers.one_a_host().items():
-            if self._suspects and free not in busy:
-                self._submit((self._suspects.popleft(),), limit, frozenset([address]), alone=True)
+        hosts = self.workers.one_a_host()
+        for free, address in hosts.items():
+            # A machine may kill whatever it works on: where a shard's worker died is not asked twice before all others.
+            suspect = next(
+                (p for p in self._suspects if not self._deaths[p][free] or hosts.keys() <= self._deaths[p].keys()), None
+            )
+            if suspect is not None and free not in busy:
+                self._suspects.remove(suspect)
+                self._submit((suspect,), limit, frozenset([address]), alone=True)
 
     def _look_after_slow(self, limit: int | None) -> None:
         """While threads have nothing to do: ask slow tasks for what they have, and give it to others."""
@@ -485,7 +514,7 @@ class Driver:
         if self.plan.job.on_error == "raise" and shard.skipped and shard.failed:
             self.report.faults[shard.shard] = (
                 f"failed_rows: {shard.shard}: {shard.failed} of {shard.read} rows failed in the run that finished "
-                "this shard; use on_error='keep' or 'drop' to go on without them"
+                "this shard; use on_error='keep' or on_error='drop' to go on without them"
             )
 
     def _again(self, flight: _Flight) -> None:
@@ -517,18 +546,19 @@ class Driver:
         if retired:
             self._again(flight)
         else:
-            self._died_alone(flight.positions[0], deaths)
+            self._died_alone(flight, deaths)
 
-    def _died_alone(self, position: int, deaths: int) -> None:
+    def _died_alone(self, flight: _Flight, deaths: int) -> None:
         """A shard had its machine to itself and the worker died: a few times, and it is set aside."""
-        self._deaths[position] += deaths
-        if self._deaths[position] < TRIES_ALONE:
+        [position] = flight.positions
+        self._deaths[position].update({host(address): deaths for address in flight.only_on or ()})
+        if self._deaths[position].total() < TRIES_ALONE:
             self._suspects.appendleft(position)
             return
         self._set_aside(
             position,
-            f"{self._deaths[position]} workers that had nothing but this shard to work on died or left. Look at the "
-            "workers' logs (out of memory?); run again to retry it",
+            f"{self._deaths[position].total()} workers that had nothing but this shard to work on died, left or stayed "
+            "paused. Look at the workers' logs (out of memory?); run again to retry it",
         )
 
     def _set_aside(self, position: int, why: str) -> None:
@@ -584,12 +614,17 @@ class Driver:
 
     def _broke_alone(self, position: int, error: WorkerUnfit) -> None:
         """A shard had its machine to itself and the pipeline broke down, as others had before."""
+        self._broken.setdefault(error.address, set()).add(position)
+        if position not in self._breakers and self.workers.fit:  # that worker may break on everything: try another
+            self._breakers.add(position)
+            self._suspects.appendleft(position)
+            return
         self._set_aside(
             position,
             f"what it holds breaks the model down, also with nothing beside it ({_text(error.cause)}). Look at its "
             "images, or at the model; run again to retry it",
         )
-        self._let_in_again({error.address, *(address for address, had in self._broken.items() if position in had)})
+        self._let_in_again([address for address, had in self._broken.items() if position in had])
 
     def _let_in_again(self, addresses: Iterable[str]) -> None:
         """Workers whose pipelines broke may build new ones: something else was to blame, or nobody else is there."""

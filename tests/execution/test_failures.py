@@ -676,9 +676,9 @@ def test_a_worker_that_hangs_does_not_keep_the_others_from_being_told(monkeypatc
 
 
 def test_shards_that_were_to_blame_do_not_clear_each_other() -> None:
-    made = driver_of(Cluster(), shards=40)
+    made, nothing = driver_of(Cluster(), shards=40), SimpleNamespace()
     for position in range(40):
-        made._died_alone(position, driver.TRIES_ALONE)
+        made._died_alone(driver._Flight(nothing, (position,), frozenset(["tcp://a:1"]), alone=True), driver.TRIES_ALONE)
     assert made.report.shards["failed"] == len(made.report.faults) == 40
     assert not made.report.ended and not made._suspects
 
@@ -706,7 +706,114 @@ def test_a_worker_that_was_sent_away_was_not_killed(retired: bool, told_by: str,
     else:
         made._after_deaths(flight, 1)
     assert list(made._suspects) == [0] and not made._flights
-    assert made._deaths[0] == (0 if retired else 1)
+    assert made._deaths[0].total() == (0 if retired else 1)
+
+
+class Trials:
+    """What a driver's trials need to know of workers: one of each machine that is there, and which are paused."""
+
+    absent_since = None
+    threads: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, *machines: str) -> None:
+        self.threads = {f"tcp://{machine}:1": 2 for machine in machines}
+        self.fit = dict(self.threads)
+        self.unfit: dict[str, str] = {}
+        self.restriction = None
+
+    def look(self, every: float = 0.0) -> bool:
+        return True
+
+    def one_a_host(self) -> dict[str, str]:
+        return {workers.host(address): address for address in self.fit}
+
+    def retired(self, address: str) -> bool:
+        return False
+
+    def let_in_again(self, address: str) -> None:
+        self.fit[address] = 2
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[tuple[int, str]]]]:
+    """A driver with three suspects and three machines, and what it has tried where."""
+    made: Any = driver_of(SimpleNamespace(status="running"), shards=3)
+    made.workers, tried = Trials("10.0.0.1", "10.0.0.2", "10.0.0.3"), []
+    made._suspects.extend(range(3))
+
+    def submit(positions: tuple[int, ...], limit: Any, only_on: frozenset[str], alone: bool) -> None:
+        [address] = only_on
+        tried.append((positions[0], workers.host(address)))
+        future = SimpleNamespace(cancel=lambda: None)
+        made._flights[f"trial-{len(tried)}"] = driver._Flight(future, positions, only_on, alone)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(made, "_submit", submit)
+    yield made, tried
+
+
+def test_a_machine_that_kills_everything_is_not_taken_for_a_shard_that_does(trials: Any) -> None:
+    made, tried = trials
+    while made._suspects or made._flights:
+        made._hand_out(None)
+        for key, flight in list(made._flights.items()):
+            del made._flights[key]
+            if flight.positions == (1,) or flight.only_on == {"tcp://10.0.0.2:1"}:
+                made._left_alone(flight, 1)
+            else:
+                made._settled.add(flight.positions[0])
+    assert list(made.report.faults) == ["1"], "the one that died everywhere"
+    assert sorted(where for shard, where in tried if shard == 1) == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
+    assert len(tried) == len(set(tried)), "nowhere twice"
+
+
+def test_where_there_is_one_machine_a_shard_is_tried_there_again(trials: Any) -> None:
+    made, tried = trials
+    made.workers = Trials("10.0.0.1")
+    while made._suspects or made._flights:
+        made._hand_out(None)
+        [(key, flight)] = made._flights.items()
+        del made._flights[key]
+        made._left_alone(flight, 1)
+    assert len(made.report.faults) == 3 and len(tried) == 3 * driver.TRIES_ALONE
+
+
+def test_a_trial_on_a_paused_worker_is_told_and_ends(
+    trials: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, _ = trials
+    made._hand_out(None)
+    del made.workers.fit["tcp://10.0.0.2:1"]
+    [(key, waits)] = [(key, flight) for key, flight in made._flights.items() if flight.only_on == {"tcp://10.0.0.2:1"}]
+    for _ in range(2):
+        made._look()
+    [told] = caplog.messages
+    assert made.plan.shards[waits.positions[0]].name in told and "memory_limit" in told and "10.0.0.2" in told
+    assert key in made._flights
+    with dask.config.set({workers.WAIT_KEY: "0 s"}):
+        made._look()
+    assert key not in made._flights and list(made._suspects) == list(waits.positions)
+    assert made._deaths[waits.positions[0]] == {"10.0.0.2": 1}
+
+
+def test_a_worker_that_breaks_on_everything_is_not_taken_for_a_shard_that_does(trials: Any) -> None:
+    made, _ = trials
+
+    def broke(flight: Any) -> None:
+        [address] = flight.only_on
+        made.workers.fit.pop(address, None)
+        made._broke_alone(flight.positions[0], worker.WorkerUnfit(address, "node", ValueError("no"), True))
+
+    made._hand_out(None)
+    first = made._flights.pop("trial-1")
+    broke(first)
+    assert not made.report.faults and list(made._suspects) == list(first.positions)
+    made._flights.clear()
+    made._hand_out(None)
+    again = made._flights.pop("trial-4")
+    assert again.positions == first.positions and again.only_on != first.only_on
+    broke(again)
+    assert list(made.report.faults) == [f"{first.positions[0]}"]
+    assert len(made.workers.fit) == 3, "both that it broke are let in again"
 
 
 async def gone(scheduler: Any, address: str) -> None:

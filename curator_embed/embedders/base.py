@@ -66,6 +66,9 @@ class ImageEmbedder(BatchStep):
             (3, H, W) tensor; None for ImageNet's at 224 pixels.
         device: "cpu", "cuda", "cuda:1", ...; None for a GPU where there is one.
         compile: use ``torch.compile``; "auto" where the run is long enough to repay it.
+        cuda_graphs: on a GPU, record the forward pass once and replay it, which spares launching its kernels one by
+            one: of use with small models and small batches. A model that cannot be recorded runs as it is, and the
+            report says so. Takes the memory of one more forward pass.
         use_index_files: read ``.idx`` files beside tars in ``load_dataset_shard``.
         honour_exif: turn images as their EXIF says. timm does not, and neither does this by default.
         max_image_pixels: images with more are not decoded (``too_large``); None for Pillow's own limit.
@@ -94,6 +97,7 @@ class ImageEmbedder(BatchStep):
         honour_exif: bool = False,
         max_image_pixels: int | None = None,
         decoder: Literal["auto", "cpu", "dali"] = "auto",
+        cuda_graphs: bool = False,
     ) -> None:
         for name, number in (("batch_size", batch_size), ("num_threads_per_worker", num_threads_per_worker)):
             if not isinstance(number, int) or number < 1:
@@ -109,13 +113,17 @@ class ImageEmbedder(BatchStep):
                 torch.device(device)
             except RuntimeError as error:
                 raise UsageError(f"device={device!r} is not a torch device; use 'cpu', 'cuda' or 'cuda:0'") from error
+        if cuda_graphs and self.reads_own_shards:
+            raise UsageError("cuda_graphs=True cannot go with load_dataset_shard: its batches have no one shape")
         self.model_name, self.image_embedding_column = model_name, image_embedding_column
         self.batch_size, self.num_threads_per_worker = batch_size, num_threads_per_worker
         self.normalize_embeddings, self.autocast, self.dtype = normalize_embeddings, autocast, dtype
         self.classifiers = tuple(classifiers)
         self.spec: Spec = _spec_of(transform)
         self.device, self.compile, self.use_index_files = device, compile, use_index_files
-        self.honour_exif, self.decoder = honour_exif, decoder
+        self.honour_exif, self.decoder, self.cuda_graphs = honour_exif, decoder, cuda_graphs
+        if device is not None:
+            self._check_device(device)
         self.limits = Limits() if max_image_pixels is None else Limits(max_image_pixels, max_image_pixels)
         self._threads: int | None = None
         # Shared by the copies that ``settled`` and ``on_device`` make; models do not travel to other processes.
@@ -179,8 +187,11 @@ class ImageEmbedder(BatchStep):
         if isinstance(self.spec, OpaqueTransform) or self.reads_own_shards:
             return None
         if "dim" not in self._memory:
-            blank = torch.zeros(3, *self.spec.output, dtype=torch.uint8)
-            self._memory["dim"] = self._runner_here()([blank]).shape[1]
+            blank, asking = torch.zeros(3, *self.spec.output, dtype=torch.uint8), self
+            if not self._is_cpu:  # the process that asks plans a run; its GPU belongs to a worker
+                asking = copy.copy(self)
+                asking.device, asking.batch_size = "cpu", 1
+            self._memory["dim"] = asking._runner_here()([blank]).shape[1]
         return int(self._memory["dim"])
 
     def columns(self) -> dict[str, pa.DataType]:
@@ -211,6 +222,8 @@ class ImageEmbedder(BatchStep):
             "decoder": self.decoder,
             "threads": self._threads,
             "compile": self.compile if isinstance(self.compile, bool) else None,
+            # Only where it is so: recipes from before the option stay what they were.
+            **({"cuda_graphs": True} if self.cuda_graphs else {}),
             "precision": self._precision(device),
             "normalize": self.normalize_embeddings,
             "dtype": self.dtype,
@@ -237,7 +250,12 @@ class ImageEmbedder(BatchStep):
         return fixed
 
     def on_device(self, device: str) -> Self:
-        """A copy for this device."""
+        """A copy for this device.
+
+        Raises:
+            UsageError: CUDA graphs are wanted, and it is no GPU.
+        """
+        self._check_device(device)
         moved = copy.copy(self)
         moved.device = device
         return moved
@@ -283,6 +301,7 @@ class ImageEmbedder(BatchStep):
             normalize=self.normalize_embeddings,
             dtype=self.dtype,
             compile=self.compile is True,
+            cuda_graphs=self.cuda_graphs,
         )
         return ModelRunner(model, options, self._title)
 
@@ -375,6 +394,10 @@ class ImageEmbedder(BatchStep):
     def _target_device(self) -> str:
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
+    def _check_device(self, device: str) -> None:
+        if self.cuda_graphs and torch.device(device).type != "cuda":
+            raise UsageError(f"cuda_graphs=True needs a GPU, and this run is on the device '{device}'; leave it out")
+
     @property
     def _is_cpu(self) -> bool:
         return torch.device(self._target_device).type == "cpu"
@@ -389,12 +412,12 @@ class ImageEmbedder(BatchStep):
         return transform_of(self.spec)
 
     def _runner_here(self) -> ModelRunner:
-        """The runner of ``embed``, uncompiled: it is for a few images."""
+        """The runner of ``embed``, neither compiled nor recorded: it is for a few images."""
         device = self._target_device
         key = device, self.batch_size, self._threads, self.dtype, self.normalize_embeddings, self.autocast
         if key not in self._models:
             eager = copy.copy(self)
-            eager.compile = False
+            eager.compile = eager.cuda_graphs = False
             self._models[key] = eager.load_model(device)
         runner: ModelRunner = self._models[key]
         return runner

@@ -63,6 +63,7 @@ class TimmImageEmbedder(ImageEmbedder):
         honour_exif: bool = False,
         max_image_pixels: int | None = None,
         decoder: Literal["auto", "cpu", "dali"] = "auto",
+        cuda_graphs: bool = False,
     ) -> None:
         self.blueprint = Blueprint.of(model_name, image_size)
         self._follows_name = transform is None
@@ -82,6 +83,7 @@ class TimmImageEmbedder(ImageEmbedder):
             honour_exif=honour_exif,
             max_image_pixels=max_image_pixels,
             decoder=decoder,
+            cuda_graphs=cuda_graphs,
         )
         self.pretrained, self.image_size = pretrained, image_size
         # Absolute: workers may have another working directory.

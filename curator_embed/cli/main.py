@@ -150,6 +150,10 @@ def embed(
     compile: Annotated[
         Compile, typer.Option(help="Compile the model: pays on runs of many thousand images.")
     ] = Compile.auto,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option("--cuda-graphs", help="On a GPU, record the model once and replay it: for small batches."),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; by default a GPU where there is one.")] = None,
     certify: Annotated[
         bool, typer.Option("--certify", help="Compare the preprocessing with the model's own on your images.")
@@ -190,6 +194,7 @@ def embed(
             dtype=dtype.value,
             image_size=image_size,
             compile="auto" if compile is Compile.auto else compile is Compile.on,
+            cuda_graphs=cuda_graphs,
             device=device,
         )
         pending = embedder(pending)

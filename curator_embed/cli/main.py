@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +21,7 @@ from curator_embed import __version__
 from curator_embed.cli.cluster_options import ClusterOptions
 from curator_embed.cli.option_groups import takes_groups
 from curator_embed.cli.source_options import SourceOptions
+from curator_embed.cli.wording import in_options, telling
 from curator_embed.errors import CuratorEmbedError, UsageError
 
 if TYPE_CHECKING:
@@ -94,6 +95,15 @@ Hashes = Annotated[
     ),
 ]
 HashSize = Annotated[int, typer.Option(min=2, help="Side of phash, dhash, ahash and whash: its square is their bits.")]
+KeepColumns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep-column",
+        metavar="NAME",
+        help="With --output: a column of the input that the new files get, several times for several; by default all. "
+        "The id and the new columns always come along.",
+    ),
+]
 Properties = Annotated[
     bool,
     typer.Option(
@@ -158,7 +168,10 @@ def embed(
     certify: Annotated[
         bool, typer.Option("--certify", help="Compare the preprocessing with the model's own on your images.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Work on the first so many rows only.")] = None,
+    keep_column: KeepColumns = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --output: work on the first so many rows only.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, how much it would write and how long it takes.")
     ] = False,
@@ -205,18 +218,19 @@ def embed(
             from curator_embed.cli.dry_run import describe
 
             described = describe(pending, output, limit=limit, overwrite=overwrite)
-            typer.echo(json.dumps(described.to_dict(), indent=2) if as_json else str(described))
+            typer.echo(json.dumps(described.to_dict(), indent=2) if as_json else in_options(str(described)))
             return
         report = pending.save_metadata(
             output,
+            keep_column,
             on_error=on_error.value,
             overwrite=overwrite,
             certify=certify,
             limit=limit,
             progress=not quiet and not as_json,
         )
-        log(str(report))
-    typer.echo(report.to_json() if as_json else str(report))
+        log(in_options(str(report)))
+    typer.echo(report.to_json() if as_json else in_options(str(report)))
 
 
 @app.command()
@@ -235,7 +249,10 @@ def columns(
     on_error: Annotated[
         OnError, typer.Option(help="Rows whose image fails: keep them with a reason, drop them, or end the run.")
     ] = OnError.keep,
-    limit: Annotated[int | None, typer.Option(min=1, help="Work on the first so many rows only.")] = None,
+    keep_column: KeepColumns = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="With --output: work on the first so many rows only.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace columns and files that were made another way.")
     ] = False,
@@ -256,13 +273,14 @@ def columns(
     with source.logging(src) as log, where.client():
         report = pending.save_metadata(
             output,
+            keep_column,
             on_error=on_error.value,
             overwrite=overwrite,
             limit=limit,
             progress=not quiet and not as_json,
         )
-        log(str(report))
-    typer.echo(report.to_json() if as_json else str(report))
+        log(in_options(str(report)))
+    typer.echo(report.to_json() if as_json else in_options(str(report)))
 
 
 @app.command()
@@ -445,7 +463,7 @@ INTERRUPTED = 130
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and turn errors into messages and exit statuses."""
     try:
-        with warnings.catch_warnings():
+        with telling(), warnings.catch_warnings():
             warnings.showwarning = _note(warnings.showwarning)
             app(arguments, standalone_mode=True)
     except UsageError as error:
@@ -454,8 +472,9 @@ def main(arguments: list[str] | None = None) -> None:
         from curator_embed.execution.run import RowsFailed, RunStopped
 
         if isinstance(error, RunStopped):
-            typer.echo(str(error.report), err=True)
-        _complain(error, 1 if isinstance(error, RowsFailed) else 3)
+            typer.echo(in_options(str(error.report)), err=True)
+            _complain(error.summary, 1 if isinstance(error, RowsFailed) else 3)
+        _complain(error, 3)
     except SystemExit as ended:
         if ended.code != INTERRUPTED:
             raise
@@ -472,13 +491,13 @@ def _note(otherwise: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
         if category is UserWarning:
-            typer.echo(f"note: {message}", err=True)
+            typer.echo(f"note: {in_options(str(message))}", err=True)
         else:
             otherwise(message, category, *where, **more)
 
     return show
 
 
-def _complain(error: Exception, status: int) -> None:
-    typer.echo(f"error: {error}", err=True)
+def _complain(error: Exception | str, status: int) -> NoReturn:
+    typer.echo(f"error: {in_options(str(error))}", err=True)
     sys.exit(status)

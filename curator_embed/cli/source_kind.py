@@ -79,6 +79,11 @@ def _kind_of_folder(src: str, storage_options: dict[str, Any]) -> SourceKind:
     if with_images:
         return SourceKind.parquet
     if parquets:
+        if _is_output(parquets[0], storage_options):
+            raise UsageError(
+                f"{files.redact(src)}: an output of this command, and the images are not in it. To add columns to it, "
+                "give as SRC what it was made from, and this folder with --metadata"
+            )
         return SourceKind.webdataset
     raise UsageError(f"{files.redact(src)}: no images there, but {_in_words(endings)}. {_NEEDED}")
 
@@ -90,6 +95,18 @@ def _in_words(endings: Counter[str]) -> str:
     if rest := sum(count for _, count in most[_SHOWN:]):
         parts.append(f"{rest:,} others")
     return ", ".join(parts) or "nothing at all"
+
+
+def _is_output(path: str, storage_options: dict[str, Any]) -> bool:
+    """Whether a run wrote this file into a folder of its own."""
+    from curator_embed.execution.provenance import Footer
+    from curator_embed.sources.parquet import open_parquet
+
+    try:
+        with open_parquet(path, storage_options) as parquet:
+            return bool(Footer.of(parquet.schema_arrow).output)
+    except CuratorEmbedError:
+        return False
 
 
 def _holds_images(path: str, storage_options: dict[str, Any]) -> bool:

@@ -3,24 +3,46 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from curator_embed.cli.source_kind import SourceKind, detect
+from curator_embed.cli.wording import in_options, telling
 from curator_embed.errors import UsageError
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset
 
 
+class KeySplit(StrEnum):
+    """Which dot of a member's name ends its sample's key."""
+
+    auto = "auto"
+    first = "first"
+    last = "last"
+
+
 _LIST = "Path lists: "
 _S3 = "S3: "
+
+
+class _Written(logging.Handler):
+    """Hands what is logged to a function, progress lines among it."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        super().__init__(logging.DEBUG)
+        self.write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(self.format(record))
 
 
 @dataclass(frozen=True)
@@ -43,6 +65,13 @@ class SourceOptions:
     use_index_files: Annotated[
         bool, typer.Option("--use-index-files", help="Let .idx files beside the tars say which samples count.")
     ] = False
+    key_split: Annotated[
+        KeySplit,
+        typer.Option(
+            help="Webdatasets: the dot that ends a sample's key in its members' names; auto: the last one where the "
+            "table's ids hold dots, else the first."
+        ),
+    ] = KeySplit.auto
     image_col: Annotated[str | None, typer.Option(help="Parquet: the column that holds the images.")] = None
     root: Annotated[
         str | None,
@@ -137,12 +166,16 @@ class SourceOptions:
         if kind is SourceKind.parquet:
             return ImageTextPairDataset.from_parquet(src, self.id_col, self.image_col, reading=reading, **common)
         return ImageTextPairDataset.from_webdataset(
-            src, id_col=self.id_col or "key", use_index_files=self.use_index_files, **common
+            src,
+            id_col=self.id_col or "key",
+            use_index_files=self.use_index_files,
+            key_split=self.key_split.value,
+            **common,
         )
 
     @contextmanager
     def logging(self, src: str) -> Iterator[Callable[[str], None]]:
-        """A function that writes to this process's log; the run's beginning and how it ends are in it, too."""
+        """A function that writes to this process's log; begin, progress, warnings and end are in it, too."""
         if self.log_dir is None:
             yield lambda text: None
             return
@@ -151,17 +184,18 @@ class SourceOptions:
         with open(os.path.join(self.log_dir, f"{name}_{self.process_index}.txt"), "a", encoding="utf-8") as file:
 
             def write(text: str) -> None:
-                for line in text.splitlines():
+                for line in in_options(text).splitlines():
                     file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {line}\n")
                 file.flush()
 
-            span = f", lines {self.start_line} to {'the end' if self.end_line is None else self.end_line}"
-            write(f"begin {name}{span}")
-            try:
-                yield write
-            except BaseException as error:
-                write(f"stopped: {error or type(error).__name__}")
-                raise
+            lines = f", lines {self.start_line} to {'the end' if self.end_line is None else self.end_line}"
+            write(f"begin {name}{lines if self._given('start_line', 'end_line') else ''}")
+            with telling(_Written(write)):
+                try:
+                    yield write
+                except BaseException as error:
+                    write(f"stopped: {str(error) or type(error).__name__}")
+                    raise
             write("end")
 
     def _rows(self, batch_size: int) -> int:
@@ -201,7 +235,7 @@ class SourceOptions:
                 ("dataset", "images_per_file", "batch_per_inference", "inference_per_file"),
             ),
             ((SourceKind.parquet,), ("image_col",)),
-            ((SourceKind.webdataset,), ("use_index_files",)),
+            ((SourceKind.webdataset,), ("use_index_files", "key_split")),
         ):
             wrong = [] if kind in kinds else list(self._given(*names))
             if wrong:

@@ -18,6 +18,16 @@ MAX_LISTED = 50
 """Notes and faults kept in a report; the rest is counted."""
 
 
+FAILED_ROWS = "failed_rows"
+"""Kind of a fault that is none of the shard's: ``on_error="raise"`` met rows that failed."""
+
+
+def fault_parts(fault: str) -> tuple[str, str]:
+    """The kind of a fault, and the words for people."""
+    kind, colon, why = fault.partition(": ")
+    return (kind, why) if colon and kind in ("shard", FAILED_ROWS) else ("", fault)
+
+
 def bottleneck(loads: Mapping[str, float]) -> str:
     """The stage whose threads have least time left: the others wait for it.
 
@@ -235,5 +245,5 @@ class RunReport:
         hidden = len(self.notes[10:]) + self.notes_left_out
         if hidden:
             lines.append(f"note           ... and {hidden} more (see to_dict())")
-        lines += [f"set aside      {shard}: {why}" for shard, why in self.faults.items()]
+        lines += [f"set aside      {shard}: {fault_parts(fault)[1]}" for shard, fault in self.faults.items()]
         return "\n".join(lines)

@@ -30,7 +30,7 @@ from curator_embed.execution.driver import Driver
 from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.output import Location, clear_temporaries
 from curator_embed.execution.provenance import Footer, recorded_settings
-from curator_embed.execution.report import RunReport
+from curator_embed.execution.report import FAILED_ROWS, RunReport, fault_parts
 from curator_embed.execution.shard_run import LACKS_COLUMNS, TO_PAIR_BY, ShardJob, Survey, look, survey
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.files import fingerprint, is_folder, is_remote, list_files, local_path, redact
@@ -46,11 +46,16 @@ _TWICE = "holds rows of this run under another name: the list has changed, or th
 
 
 class RunStopped(CuratorEmbedError):
-    """The run could not go on to its end; what was finished is kept. Carries the report so far."""
+    """The run could not go on to its end; what was finished is kept.
 
-    def __init__(self, message: str, report: RunReport) -> None:
-        self.report = report
-        super().__init__(message)
+    Attributes:
+        summary: what happened, without what ``report`` tells already.
+        report: the account so far.
+    """
+
+    def __init__(self, summary: str, report: RunReport, example: str = "") -> None:
+        self.summary, self.report = summary, report
+        super().__init__(f"{summary}. {example}" if example else summary)
 
 
 class RowsFailed(RunStopped):
@@ -236,7 +241,7 @@ def check_plan(plan: RunPlan) -> None:
         if TO_PAIR_BY in why:
             raise UsageError(f"{why}{more}. Nothing was changed")
         raise UsageError(
-            f"{path}: {why}{more}. Nothing was changed. Pass overwrite=True (--overwrite) to replace what is in the "
+            f"{path}: {why}{more}. Nothing was changed. Pass overwrite=True to replace what is in the "
             "way, or choose another output path or column name"
         )
     if plan.bytes_to_write and plan.bytes_free is not None and plan.bytes_to_write > plan.bytes_free:
@@ -377,22 +382,25 @@ def _keep(report: RunReport, folder: Location) -> None:
 
 
 def _raise_for(report: RunReport) -> None:
-    rows = [why for why in report.faults.values() if why.startswith("failed_rows: ")]
+    faults = [(shard, kind, why) for shard, fault in report.faults.items() for kind, why in [fault_parts(fault)]]
+    rows = [why for _, kind, why in faults if kind == FAILED_ROWS]
     if rows:
-        raise RowsFailed(rows[0].removeprefix("failed_rows: "), report)
+        raise RowsFailed("rows failed, under on_error='raise'", report, rows[0])
     if report.stopped:
         raise RunStopped(
             f"stopped as asked with {report.shards['left']} shards left; run the same again to go on from there", report
         )
     if report.ended:
         raise RunStopped(report.ended, report)
-    if report.faults:
-        shard, why = next(iter(report.faults.items()))
-        raise RunStopped(
-            f"{len(report.faults)} of {sum(report.shards.values())} shards could not be worked on; the others are "
-            f"finished. {shard}: {why.removeprefix('shard: ')}",
-            report,
-        )
+    if faults:
+        shard, _, why = faults[0]
+        count, total = len(faults), sum(report.shards.values())
+        which = f"{count} of {total} shards could not be worked on; the others are finished"
+        if count == total:
+            which = (
+                "the shard could not be worked on" if total == 1 else f"none of the {total} shards could be worked on"
+            )
+        raise RunStopped(which, report, f"{shard}: {why}")
 
 
 @contextmanager

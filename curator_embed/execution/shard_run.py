@@ -260,10 +260,9 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
             before, after = ("no table" if rows is None else f"a table of {rows} rows" for rows in (written_from, now))
             why = f"was written from {before}, and there is {after} now"
         else:
-            folder = redact(str(job.output))
             why = (
                 f"{LACKS_COLUMNS} the new columns. To add them, leave the output path out and name that folder as the "
-                f"one of the tables: --metadata {folder} (metadata_path=)"
+                f"one of the tables: metadata_path='{redact(str(job.output))}'"
             )
         return Survey((), False, why, footer, seen.target_rows)
 
@@ -327,7 +326,7 @@ def _unusable(schema: pa.Schema | None, job: ShardJob, path: str) -> str:
         return ""
     if job.id_col not in schema.names:
         there = ", ".join(schema.names[:12])
-        return f"{path}: no column '{job.id_col}' {TO_PAIR_BY}; choose one with id_col= (--id-col) (it has: {there})"
+        return f"{path}: no column '{job.id_col}' {TO_PAIR_BY}; choose one with id_col= (it has: {there})"
     ours = Footer.of(schema).columns
     if job.steps and not job.overwrite and ERROR_COLUMN in schema.names and ERROR_COLUMN not in ours:
         return f"column '{ERROR_COLUMN}' is already there and does not say what made it"
@@ -341,7 +340,8 @@ def _check_selected(schema: pa.Schema | None, job: ShardJob, path: str) -> None:
     missing = [name for name in job.select if name not in schema.names and name not in made]
     if missing:
         raise UsageError(
-            f"columns={missing} are not in {path} and no step makes them (it has: {', '.join(schema.names[:12])})"
+            f"columns= names {', '.join(missing)}: not in {path}, and made by no step (it has: "
+            f"{', '.join(schema.names[:12])})"
         )
 
 
@@ -586,7 +586,7 @@ class ShardRun:
         where = self.shard.image_source() or self.shard.name
         return (
             f"{where}: {self.report.failed} of {self.report.read} rows failed, the first is '{key}': {reason}. This "
-            "shard was not written; use on_error='keep' or 'drop' to go on without them"
+            "shard was not written; use on_error='keep' or on_error='drop' to go on without them"
         )
 
     def _selected(self, schema: pa.Schema | None) -> list[str] | None:

@@ -294,18 +294,18 @@ class PathListShard(Shard):
                 redact(self.listed.path),
                 f"not one of the {len(failures)} images of lines {self.lines.start} to {self.lines.end} is there; the "
                 f"first was looked for at {first}",
-                "Check --root (root=) and --dataset (dataset=); if these images are gone, leave the lines out",
+                "Check root= and dataset=; if these images are gone, leave the lines out",
             )
 
     def _tell(self, good: int, failures: list[Unread], lines: list[bytes]) -> None:
         unreachable = [failure for failure in failures if failure.reason == Reason.READ_ERROR]
         if failures and not good:
             first = redact(self.listed.real_path(next(filter(None, lines))))
-            self._note(f"not one image is there; the first was looked for at {first}. Check --root and --dataset")
+            self._note(f"not one image is there; the first was looked for at {first}. Check root= and dataset=")
         elif len(failures) - len(unreachable) > good:
             self._note(
-                f"{len(failures) - len(unreachable)} of {good + len(failures)} images are not there. If --root or "
-                "--dataset was wrong, right it and run again with --overwrite"
+                f"{len(failures) - len(unreachable)} of {good + len(failures)} images are not there. If root= or "
+                "dataset= was wrong, right it and run again with overwrite=True"
             )
         elif unreachable:
             self._note(f"{len(unreachable)} images cannot be read ({unreachable[0].detail})")

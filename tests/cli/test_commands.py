@@ -297,7 +297,7 @@ def test_status_3_weights_that_cannot_be_had(run: Run, source: Path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     ran = run("embed", source, *QUICK, "--pretrained")
     assert ran.status == 3, ran.err
-    assert MODEL in ran.err and "weights=PATH" in ran.err
+    assert MODEL in ran.err and "--weights PATH" in ran.err
     assert "Traceback" not in ran.err
 
 

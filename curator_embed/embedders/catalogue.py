@@ -186,13 +186,22 @@ class Blueprint:
                 f"there are no pretrained weights of {self.name}; add one of its tags to the name (see "
                 f"`curator-embed models '{self.timm_name}*'`) or pass weights=PATH"
             )
+        hub = self.config.hf_hub_id
+        try:
+            if hub:
+                _ask_hub(hub, self.config.hf_hub_filename)
+        except Exception as error:  # its library has had three network libraries below it, each with its own errors
+            raise CuratorEmbedError(
+                f"the hub could not be reached for the weights of {self.name} ({_in_short(error)}). Check the network, "
+                f"or download {hub} elsewhere and pass weights=PATH. Or run 'hf download {hub}' where there is a "
+                "network, bring its cache (HF_HOME) here and set HF_HUB_OFFLINE=1"
+            ) from error
         try:
             return self._create(pretrained=True)
         except Exception as error:  # hub, network and file errors of several libraries
             raise CuratorEmbedError(
-                f"the weights of {self.name} could not be downloaded ({type(error).__name__}: "
-                f"{(str(error).splitlines() or [''])[0][:200]}). Check the network, or download "
-                f"{self.config.hf_hub_id or self.config.url} elsewhere and pass weights=PATH"
+                f"the weights of {self.name} could not be downloaded ({_in_short(error)}). Check the network, or "
+                f"download {hub or self.config.url} elsewhere and pass weights=PATH"
             ) from error
 
     def _shape_on(self, model: torch.nn.Module) -> torch.Size:
@@ -234,6 +243,26 @@ class Blueprint:
             else:
                 if (self.native_size - wanted) * direction > 0:
                     yield self.native_size
+
+
+def _ask_hub(repository: str, file: str | None) -> None:
+    """Ask the hub once for a file that is not in the cache; raises what its library raises when nobody answers.
+
+    A download asks six times for each name that the file may have: a minute where there is no network.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import HfHubHTTPError
+
+    name, _, revision = repository.partition("@")
+    names = [file] if file else ["model.safetensors", "pytorch_model.bin"]
+    if any(isinstance(try_to_load_from_cache(name, one, revision=revision or None), str) for one in names):
+        return
+    with suppress(HfHubHTTPError):  # an answer: the download tells what it means
+        get_hf_file_metadata(hf_hub_url(name, names[0], revision=revision or None))
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -109,13 +113,64 @@ def test_what_is_no_state_dict_is_refused(kind: str, tmp_path: Path, monkeypatch
     assert not (tmp_path / "hacked").exists()
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*_: object, **__: object) -> None:
-        raise OSError("Name or service not known")
+def hub_at(address: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
-    with pytest.raises(CuratorEmbedError, match=r"timm/resnet18\.a1_in1k elsewhere and pass weights=PATH"):
-        Blueprint.of("resnet18.a1_in1k").build(pretrained=True)
+
+def test_without_a_hub_the_error_comes_soon_and_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:  # nobody listens
+        taken.bind(("127.0.0.1", 0))
+        hub_at(f"http://127.0.0.1:{taken.getsockname()[1]}", tmp_path, monkeypatch)
+        begun = time.monotonic()
+        with pytest.raises(CuratorEmbedError, match=r"could not be reached for the weights of resnet18") as error:
+            Blueprint.of("resnet18.a1_in1k").build(pretrained=True)
+    assert time.monotonic() - begun < 15  # its library would have tried again for 46 s
+    assert "timm/resnet18.a1_in1k elsewhere and pass weights=PATH" in str(error.value)
+    assert "HF_HUB_OFFLINE=1" in str(error.value)
+
+
+def test_a_hub_that_answers_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class NothingHere(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), NothingHere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub_at(f"http://127.0.0.1:{server.server_port}", tmp_path, monkeypatch)
+        with pytest.raises(CuratorEmbedError, match=r"could not be downloaded .*resnet18\.a1_in1k elsewhere"):
+            Blueprint.of("resnet18.a1_in1k").build(pretrained=True)
+        server.shutdown()
+    assert any(path.endswith("/timm/resnet18.a1_in1k/resolve/main/model.safetensors") for path in asked)
+
+
+def test_what_is_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"{SMALL}.r160_in1k"
+    folder = tmp_path / f"models--timm--{name}"
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    model = timm.create_model(name, pretrained=False)
+    save_file(model.state_dict(), folder / "snapshots" / "abc" / "model.safetensors")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        hub_at(f"http://127.0.0.1:{taken.getsockname()[1]}", tmp_path, monkeypatch)
+        built = Blueprint.of(name).build(pretrained=True)
+    assert torch.equal(built.state_dict()["patch_embed.proj.weight"], model.state_dict()["patch_embed.proj.weight"])
 
 
 def test_a_name_without_pretrained_weights_says_so() -> None:

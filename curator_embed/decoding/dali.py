@@ -43,6 +43,13 @@ PIXELS_A_RUN = 1 << 28
 _REFUSED = re.compile(r"operator \W?nvidia\.dali\.fn\.decoders\.image|nvImageCodec failure")
 """Found in what DALI raises for an image; what comes from other operators is the device's or this module's fault."""
 
+_SHORT_OF_MEMORY = re.compile(r"[Cc]an't allocate|[Cc]ould not allocate|allocation failed|out of memory|bad_alloc")
+_DEVICES_FAULT = re.compile(
+    rf"{_SHORT_OF_MEMORY.pattern}|CUDA (?:runtime|[Dd]river) API error|nvImageCodec failure: '#(?:1|5|7|1[0156]|21)'"
+)
+"""Found in what the decoder raises when the image is not to blame. Of nvImageCodec's numbers: not initialised,
+allocator, architecture, a library that is missing, the same of its extensions, a failed call of CUDA's."""
+
 log = logging.getLogger(__name__)
 
 
@@ -156,6 +163,7 @@ class DaliDecoder:
         self._lanes: queue.Queue[_Lane] = queue.Queue()
         for _ in range(lanes):
             self._lanes.put(_Lane(graph))
+        self._stream = _copy_stream(self.device)
 
     def admit(self, encoded: bytes) -> Admitted | None:
         """Plan an image from its header; None where Pillow shall decode it, or say what is wrong with it."""
@@ -185,9 +193,9 @@ class DaliDecoder:
 
     def to_device(self, image: torch.Tensor) -> torch.Tensor:
         """Bring an image that was prepared elsewhere to where this decoder's are."""
-        if self.device.type == "cpu":
+        if self._stream is None:
             return image
-        with _copying(self.device):
+        with _copying(self._stream):
             return _shared_with_models(image.to(self.device))
 
     @contextmanager
@@ -217,12 +225,17 @@ class _Graph:
     fancy_upsampling: bool
 
     def build(self) -> Any:
-        dali, fn = _dali()
-        types = dali.types
-        on_gpu = self.device.type == "cuda"
         device_id = None
-        if on_gpu:
+        if self.device.type == "cuda":
             device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
+        pipe = self.describe(device_id)
+        pipe.build()
+        return pipe
+
+    def describe(self, device_id: int | None) -> Any:
+        """The pipeline, not built yet: that alone needs the device."""
+        dali, fn = _dali()
+        types, on_gpu = dali.types, self.device.type == "cuda"
         # One run at a time is fed and fetched, so nothing is prefetched: other lanes fill the gap.
         pipe = dali.Pipeline(
             batch_size=self.batch_size, num_threads=self.threads, device_id=device_id, prefetch_queue_depth=1
@@ -239,7 +252,8 @@ class _Graph:
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
                 adjust_orientation=self.honour_exif,
-                **(for_gpu if on_gpu else {}),
+                # Not bound to cores: the threads of all lanes, and of all workers of a machine, would share a few.
+                **({**for_gpu, "affine": False} if on_gpu else {}),
             )
             outputs = [decoded.shape()]
             for number, spec in enumerate(self.specs):
@@ -268,7 +282,6 @@ class _Graph:
                     )
                 )
             pipe.set_outputs(*outputs)
-        pipe.build()
         return pipe
 
     def feed(self, pipe: Any, images: Sequence[Admitted]) -> None:
@@ -289,6 +302,7 @@ class _Lane:
     def __init__(self, graph: _Graph) -> None:
         self._graph = graph
         self._pipe = graph.build()
+        self._stream = _copy_stream(graph.device)
 
     def decode(self, images: Sequence[Admitted]) -> list[tuple[torch.Tensor, ...] | None]:
         """One run; see ``DaliDecoder.decode``."""
@@ -307,19 +321,34 @@ class _Lane:
         neighbours were.
         """
         try:
-            return self._run(images)
+            return self._run_with_room(images)
         except RuntimeError as error:
             if len(images) == 1:
-                if _REFUSED.search(str(error)) is None:
+                if not _refused(error):
                     raise  # not the image's fault, and Pillow doing all the work would hide it
                 return [None]
         half = len(images) // 2
         return self._bisect(images[:half]) + self._bisect(images[half:])
 
+    def _run_with_room(self, images: Sequence[Admitted]) -> list[tuple[torch.Tensor, ...] | None]:
+        """``_run``, a second time where the device was full: DALI cannot have what torch's allocator only keeps."""
+        try:
+            return self._run(images)
+        except RuntimeError as error:
+            if self._stream is None or _SHORT_OF_MEMORY.search(_cause(error)) is None:
+                raise
+        torch.cuda.empty_cache()
+        return self._run(images)
+
     def _run(self, images: Sequence[Admitted]) -> list[tuple[torch.Tensor, ...] | None]:
         self._graph.feed(self._pipe, images)
         shapes, *outputs = self._pipe.run()
-        batches = [_to_torch(output, self._graph.device).permute(0, 3, 1, 2) for output in outputs]
+        if self._stream is None:
+            batches = [torch.from_numpy(np.array(output.as_array())) for output in outputs]
+        else:
+            with _copying(self._stream):
+                batches = [_to_torch(output, self._graph.device) for output in outputs]
+        batches = [batch.permute(0, 3, 1, 2) for batch in batches]
         sizes = shapes.as_cpu().as_array()[:, :2]
         return [
             tuple(batch[row] for batch in batches) if tuple(sizes[row]) == image.size else None
@@ -327,27 +356,45 @@ class _Lane:
         ]
 
 
+def _refused(error: RuntimeError) -> bool:
+    """Whether DALI says of a single image that it does not decode."""
+    return _REFUSED.search(str(error)) is not None and _DEVICES_FAULT.search(_cause(error)) is None
+
+
+def _cause(error: RuntimeError) -> str:
+    """What DALI met, without where in whose program: a path may say anything."""
+    return str(error).rpartition("encountered:")[2]
+
+
 def _to_torch(output: Any, device: torch.device) -> torch.Tensor:
-    """Copy a DALI output, whose memory its pipeline will use again, into a tensor (N, H, W, C) of its own."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.array(output.as_array()))
+    """Copy a DALI output on a GPU, whose memory its pipeline will use again, into a tensor (N, H, W, C) of its own."""
     from nvidia.dali.plugin.pytorch import feed_ndarray  # type: ignore[attr-defined]
 
-    with _copying(device) as stream:
-        dense = output.as_tensor()
-        batch = torch.empty(dense.shape(), dtype=torch.uint8, device=device)
-        feed_ndarray(dense, batch, cuda_stream=stream)
-        return _shared_with_models(batch)
+    dense = output.as_tensor()
+    batch = torch.empty(dense.shape(), dtype=torch.uint8, device=device)
+    feed_ndarray(dense, batch, cuda_stream=torch.cuda.current_stream())
+    return _shared_with_models(batch)
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A CUDA stream for copies that do not queue behind the model; None on a CPU.
+
+    Kept, not made for each copy: torch's allocator keeps freed memory for the stream it was allocated on.
+    """
+    if device.type == "cpu":
+        return None
+    with torch.cuda.device(device):
+        return torch.cuda.Stream()
 
 
 @contextmanager
-def _copying(device: torch.device) -> Iterator[Any]:
-    """A CUDA stream for copies that do not queue behind the model; what was copied is there when the block ends."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            yield stream
-        stream.synchronize()
+def _copying(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Make a stream and its device current; what was copied is there when the block ends."""
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
+        done = torch.cuda.Event(blocking=True)  # the waiting thread leaves its core to others
+        done.record()
+        done.synchronize()
 
 
 def _shared_with_models(tensor: torch.Tensor) -> torch.Tensor:

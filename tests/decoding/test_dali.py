@@ -19,7 +19,7 @@ from PIL import Image
 pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra: cuda13 or cuda12)")
 
 from curator_embed.decoding.cpu import normalise
-from curator_embed.decoding.dali import MAX_PIXELS, Admitted, DaliDecoder, passes, waves
+from curator_embed.decoding.dali import MAX_PIXELS, Admitted, DaliDecoder, _Graph, _refused, passes, waves
 from curator_embed.decoding.geometry import plan
 from curator_embed.decoding.pillow import Limits, decode
 from curator_embed.decoding.reference import transform_of
@@ -300,3 +300,38 @@ def test_what_is_no_images_fault_is_not_hidden(pictures: dict[str, bytes]) -> No
     with dali._lane() as lane:
         lane._pipe = working
     assert all(images is not None for images in dali.decode(good)), "the lane was handed back"
+
+
+DECODER = (
+    "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,\nwhich was used in the "
+    'pipeline definition with the following traceback:\n\n  File "/opt/out of memory/dali.py", line 1\n\nencountered:\n\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("met", "images_fault"),
+    [
+        ("nvImageCodec failure: '#3'", True),
+        ("nvImageCodec failure: '#13'", True),
+        ("nvImageCodec failure: '#19'", True),
+        ("Failed to decode sample #0 : ", True),
+        ("nvImageCodec failure: '#5'", False),
+        ("nvImageCodec failure: '#1'", False),
+        ("nvImageCodec failure: '#21'", False),
+        ("Can't allocate 16777216 bytes on device 0.", False),
+        ("CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access was encountered", False),
+    ],
+)
+def test_a_devices_fault_is_not_taken_for_an_images(met: str, images_fault: bool) -> None:
+    """DALI names the operator in both cases; where it was defined says nothing."""
+    assert _refused(RuntimeError(f"{DECODER}{met}\nCurrent pipeline object is no longer valid.")) is images_fault
+
+
+@pytest.mark.parametrize("honour_exif", [False, True])
+def test_the_gpus_graph_can_be_described_without_one(honour_exif: bool) -> None:
+    """DALI knows the operators and arguments; the decoder is the mixed one, all else follows, sizes stay with the host."""
+    graph = _Graph(tuple(SPECS.values()), torch.device("cuda"), 8, 2, honour_exif, 1.0, True)
+    pipe = graph.describe(None)
+    described = pipe.serialize()
+    assert all(word in described for word in (b"mixed", b"hw_decoder_load", b"jpeg_fancy_upsampling", b"affine"))
+    assert [output.device for output in pipe._graph_outputs] == ["cpu", *["gpu"] * len(SPECS)]

@@ -304,7 +304,7 @@ def test_what_is_no_images_fault_is_not_hidden(pictures: dict[str, bytes]) -> No
 
 DECODER = (
     "Critical error in pipeline:\nError in MIXED operator `nvidia.dali.fn.decoders.image`,\nwhich was used in the "
-    'pipeline definition with the following traceback:\n\n  File "/opt/out of memory/dali.py", line 1\n\nencountered:\n\n'
+    'pipeline definition with the following traceback:\n\n  File "/out of memory/dali.py", line 1\n\nencountered:\n\n'
 )
 
 
@@ -329,7 +329,7 @@ def test_a_devices_fault_is_not_taken_for_an_images(met: str, images_fault: bool
 
 @pytest.mark.parametrize("honour_exif", [False, True])
 def test_the_gpus_graph_can_be_described_without_one(honour_exif: bool) -> None:
-    """DALI knows the operators and arguments; the decoder is the mixed one, all else follows, sizes stay with the host."""
+    """DALI knows the operators and arguments; the decoder is the mixed one, all else follows, sizes are the host's."""
     graph = _Graph(tuple(SPECS.values()), torch.device("cuda"), 8, 2, honour_exif, 1.0, True)
     pipe = graph.describe(None)
     described = pipe.serialize()

@@ -348,15 +348,17 @@ def certify(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine has, what is missing, and how to install it."""
-    from curator_embed.cli.doctor import examine
+    """Say what this machine has, what is missing and how to install it, and what it can do as it is."""
+    from curator_embed.cli.doctor import conclude, examine
 
     findings = examine()
     if as_json:
-        typer.echo(json.dumps([finding.to_dict() for finding in findings], indent=2))
-    else:
-        for finding in findings:
-            typer.echo(str(finding))
+        told = {"findings": [finding.to_dict() for finding in findings], "conclusion": conclude(findings)}
+        typer.echo(json.dumps(told, indent=2))
+        return
+    for finding in findings:
+        typer.echo(str(finding))
+    typer.echo(conclude(findings))
 
 
 @app.command("index-tars")

@@ -251,7 +251,7 @@ def _ask_hub(repository: str, file: str | None) -> None:
     A download asks six times for each name that the file may have: a minute where there is no network.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
     name, _, revision = repository.partition("@")
     names = [file] if file else ["model.safetensors", "pytorch_model.bin"]

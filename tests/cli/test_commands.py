@@ -392,10 +392,11 @@ def test_certify(run: Run, source: Path) -> None:
 def test_doctor(run: Run) -> None:
     ran = run("doctor")
     assert ran.status == 0
-    for word in ("python", "torch", "gpu", "faiss", "pip install 'curator-embed["):
+    for word in ("python", "torch", "nvidia driver", "gpu", "nvidia-dali", "faiss", "pip install 'curator-embed["):
         assert word in ran.out
-    findings = json.loads(run("doctor", "--json").out)
-    assert {finding["state"] for finding in findings} <= {"ok", "missing", "broken"}
+    told = json.loads(run("doctor", "--json").out)
+    assert {finding["state"] for finding in told["findings"]} <= {"ok", "missing", "broken"}
+    assert told["conclusion"] == ran.out.splitlines()[-1]
 
 
 def test_index_tars(run: Run, source: Path) -> None:

@@ -171,11 +171,24 @@ def _aligned(table: pa.Table, schema: pa.Schema, shard: str) -> pa.Table:
 
 
 def _to_frame(table: pa.Table, backend: str) -> Any:
+    table = table.replace_schema_metadata(None)
     if backend == "cudf":
         import cudf
 
-        return cudf.DataFrame.from_arrow(table.replace_schema_metadata(None))
-    return table.replace_schema_metadata(None).to_pandas(types_mapper=pd.ArrowDtype)
+        return cudf.DataFrame.from_arrow(_for_cudf(table))
+    return table.to_pandas(types_mapper=pd.ArrowDtype)
+
+
+def _for_cudf(table: pa.Table) -> pa.Table:
+    """What cuDF (26.10) takes as it is meant: no half floats, and dictionaries that are the same in all chunks."""
+    fields = [pa.field(item.name, _without_half(item.type)) for item in table.schema]
+    return table.unify_dictionaries().cast(pa.schema(fields))
+
+
+def _without_half(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    return pa.list_(_without_half(kind.value_type)) if pa.types.is_list(kind) else kind
 
 
 # -- columns that users assign -------------------------------------------------------------
@@ -226,7 +239,10 @@ def write_assigned(frame: dd.DataFrame, dataset: ImageTextPairDataset, job: Shar
 
 
 def _as_arrow(part: Any) -> pa.Table:
-    table = part.to_arrow() if hasattr(part, "to_arrow") else pa.Table.from_pandas(part, preserve_index=False)
+    if hasattr(part, "to_arrow"):  # cuDF
+        table = part.to_arrow(preserve_index=False)
+    else:
+        table = pa.Table.from_pandas(part, preserve_index=False)
     return table.replace_schema_metadata(None)
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pickle
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -114,10 +115,9 @@ class FramePipelines:
         key = job_key(job)
         with self._lock:
             if key in self._kept and self._kept[key].fault is not None:
-                self._kept.pop(key).close()
+                _close([self._kept.pop(key)])
             if key not in self._kept:
-                for other in [k for k in self._kept if not self._users.get(k)]:
-                    self._kept.pop(other).close()
+                _close([self._kept.pop(other) for other in list(self._kept) if not self._users.get(other)])
                 self._kept[key] = build_pipeline(job)
             self._users[key] = self._users.get(key, 0) + 1
             pipeline = self._kept[key]
@@ -126,6 +126,22 @@ class FramePipelines:
         finally:
             with self._lock:
                 self._users[key] -= 1
+
+
+def _close(pipelines: list[Pipeline]) -> None:
+    """Close pipelines that nobody else holds, and give the memory they had on a GPU back to the device.
+
+    Allocators keep what is freed for their own library; the next to need it may be another one: cuDF, or DALI.
+    """
+    if not pipelines:
+        return
+    while pipelines:
+        pipelines.pop().close()
+    torch, dali = sys.modules.get("torch"), sys.modules.get("nvidia.dali.backend")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        if dali is not None:
+            dali.ReleaseUnusedMemory()
 
 
 _frames = FramePipelines()
@@ -181,7 +197,8 @@ class PipelineKeeper:
             if broken is not None and broken.fault is not None:
                 if chance <= self._chances[run]:
                     raise broken.fault
-                self._pipelines.pop(run).close()
+                del broken  # so that closing it lets go of its models
+                _close([self._pipelines.pop(run)])
             if run not in self._pipelines:
                 check_disks(job.must_see)
                 self._close_orphans()
@@ -198,9 +215,8 @@ class PipelineKeeper:
     def _close_orphans(self) -> None:
         """Make room for a new run: nobody else lets go of the models of one whose driver was killed."""
         now = time.monotonic()
-        for run in [run for run in self._pipelines if not self._users[run]]:
-            if now - self._used.get(run, now) >= ORPHANED_AFTER_S:
-                self._pipelines.pop(run).close()
+        unused = [run for run in self._pipelines if not self._users[run]]
+        _close([self._pipelines.pop(run) for run in unused if now - self._used.get(run, now) >= ORPHANED_AFTER_S])
 
     def stop(self, run: str) -> None:
         """Begin no more shards of this run."""
@@ -222,10 +238,9 @@ class PipelineKeeper:
         """Stop a run's threads and let go of its models; tasks that come after it do nothing."""
         self.stop(run)
         with self._lock:
-            pipeline = self._pipelines.pop(run, None)
+            pipelines = [self._pipelines.pop(run)] if run in self._pipelines else []
             self._chances.pop(run, None)
-        if pipeline is not None:
-            pipeline.close()
+        _close(pipelines)
 
 
 class Figures:

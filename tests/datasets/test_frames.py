@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.datasets.frames import _for_cudf
 from curator_embed.datasets.loading import load_embeddings
 from curator_embed.errors import UsageError
 from tests.shards import write_tar
@@ -110,3 +111,16 @@ def test_frames_are_of_the_kind_that_the_asking_process_wants(source: Path) -> N
     with dask.config.set({"dataframe.backend": "cudf"}):
         computed = frame.compute(scheduler="sync")
     assert type(computed).__module__.startswith("pandas") and len(computed) > 0
+
+
+def test_cudf_is_given_types_that_it_has() -> None:
+    """No half floats, and one dictionary: cuDF 26.10 puts the chunks' dictionaries together, but not their codes."""
+    words = pa.chunked_array([pa.array(["a", "b"]).dictionary_encode(), pa.array(["b", "c"]).dictionary_encode()])
+    halves = pa.chunked_array([pa.array([[0.5, None], None, [], [2.0]], pa.list_(pa.float16()))])
+    table = _for_cudf(pa.table({"word": words, "half": halves, "n": [1, 2, 3, None]}))
+    assert [str(item.type) for item in table.schema][1:] == ["list<item: float>", "int64"]
+    first, second = (chunk.dictionary.to_pylist() for chunk in table["word"].chunks)
+    assert first == second == ["a", "b", "c"]
+    assert table.to_pydict() == {
+        "word": ["a", "b", "b", "c"], "half": [[0.5, None], None, [], [2.0]], "n": [1, 2, 3, None]
+    }  # fmt: skip

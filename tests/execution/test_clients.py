@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dask
@@ -21,6 +23,7 @@ from distributed import Client, LocalCluster, get_worker
 from curator_embed import get_client
 from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution import clients
+from curator_embed.execution.clusters.local import cuda_cluster
 from tests.conftest import REPO
 
 
@@ -197,3 +200,42 @@ def test_a_client_is_the_default_one_until_it_is_closed() -> None:
         assert fresh is not client
         cluster = fresh.cluster
     assert cluster.status.name == "closed"
+
+
+class _LocalCUDACluster:
+    """Stands where dask-cuda's class is: keeps what it is given."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setitem(sys.modules, "dask_cuda", SimpleNamespace(LocalCUDACluster=_LocalCUDACluster))
+
+
+def test_options_of_dask_cuda_pass_through(two_gpus: None) -> None:
+    given = {"rmm_pool_size": "1GB", "protocol": "tcp", "enable_cudf_spill": True, "CUDA_VISIBLE_DEVICES": "1"}
+    cluster = cuda_cluster(1, 3, given)
+    assert cluster.options == {
+        **given, "n_workers": 1, "threads_per_worker": 3, "dashboard_address": "localhost:0"
+    }  # fmt: skip
+    assert cuda_cluster(None, 2, {"dashboard_address": ":8787"}).options["dashboard_address"] == ":8787"
+
+
+@pytest.mark.parametrize(("options", "there"), [({}, 2), ({"CUDA_VISIBLE_DEVICES": "0"}, 1),
+                                                ({"CUDA_VISIBLE_DEVICES": [0, 1]}, 2)])  # fmt: skip
+def test_every_worker_needs_a_gpu_of_its_own(two_gpus: None, options: dict[str, Any], there: int) -> None:
+    with pytest.raises(UsageError, match=rf"n_workers=3: .* there are {there} of them"):
+        cuda_cluster(3, 2, options)
+
+
+def test_a_script_without_a_guard_is_told_of_it_on_gpus_too(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that imports the script meets the call again."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(UsageError, match="if __name__ == "):
+        cuda_cluster(None, 2, {})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 
 from curator_embed.errors import Reason
 from curator_embed.execution.pipeline import OpenShard, Pipeline, PipelineClosed, Prepared, Vectors
+from curator_embed.execution.worker import _close
 from curator_embed.steps import BatchModel
 
 
@@ -171,3 +174,21 @@ def test_vectors_of_many_chunks_are_gathered_by_ordinal() -> None:
     assert present.tolist() == [True, False, False] + [True] * 5
     assert found.dtype == np.float16 and found.shape == (8, 3)
     assert found[3:, 0].tolist() == [np.float16(n) for n in wanted]
+
+
+def test_a_closed_pipeline_lets_go_of_its_models() -> None:
+    """At once, so that the memory they had on a GPU can be given back."""
+    model = NumberModel(2)
+    kept = weakref.ref(model)
+    pipelines = [Pipeline(NumberEngine(), {0: model}, threads=2)]
+    with pipelines[0].shard((0,)) as opened:
+        with pipelines[0].feeding():
+            opened.submit(0, b"7")
+        opened.wait()
+    del model, opened
+    gc.disable()
+    try:
+        _close(pipelines)
+        assert kept() is None
+    finally:
+        gc.enable()

@@ -54,7 +54,7 @@ def cpu_cluster(n_workers: int, threads_per_worker: int, options: Mapping[str, A
             # Without an address the scheduler would still serve HTTP, on port 8787 of every interface.
             chosen |= {"dashboard_address": None, "scheduler_kwargs": {"dashboard_address": "localhost:0"}}
     else:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
+        if _imported_by_a_worker():
             raise UsageError(
                 "several workers (n_workers=..., workers_per_node:) are processes that import your script again. "
                 "Put the script's work under 'if __name__ == \"__main__\":', or use one worker to stay in one process"
@@ -71,11 +71,17 @@ def cuda_cluster(n_workers: int | None, threads_per_worker: int, options: Mappin
         options: of ``dask_cuda.LocalCUDACluster`` (``rmm_pool_size``, ``protocol``, ``enable_cudf_spill``, ...).
 
     Raises:
+        UsageError: more workers than GPUs, or a script is imported by one of them.
         CuratorEmbedError: this process sees no GPU.
         MissingExtra: dask-cuda is not installed.
     """
     import torch
 
+    if _imported_by_a_worker():
+        raise UsageError(
+            "cluster_type='gpu': a worker is a process that imports your script again. Put the script's work under "
+            "'if __name__ == \"__main__\":'"
+        )
     if not torch.cuda.is_available():
         raise CuratorEmbedError(
             "cluster_type='gpu' needs an NVIDIA GPU and its driver, and this process sees none "
@@ -85,6 +91,18 @@ def cuda_cluster(n_workers: int | None, threads_per_worker: int, options: Mappin
     try:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
-        raise MissingExtra("dask-cuda", "cuda12 or cuda13", "One worker a GPU") from error
+        raise MissingExtra("dask-cuda", "cuda13]' or 'curator-embed[cuda12", "One worker a GPU") from error
+    named = options.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        there = torch.cuda.device_count()
+    else:
+        there = len(named.split(",") if isinstance(named, str) else list(named))
+    if n_workers is not None and n_workers > there:
+        raise UsageError(f"n_workers={n_workers}: every worker has a GPU of its own, and there are {there} of them")
     chosen = {"dashboard_address": "localhost:0", "n_workers": n_workers, "threads_per_worker": threads_per_worker}
     return LocalCUDACluster(**{**chosen, **options})
+
+
+def _imported_by_a_worker() -> bool:
+    """Whether this process is one that multiprocessing starts, still importing the script that started it."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)

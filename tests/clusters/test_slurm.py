@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 import yaml
 
 from curator_embed import get_client
 from curator_embed.errors import CuratorEmbedError
+from curator_embed.execution.clusters import lost_jobs
 from tests.clusters.gate import wait_until
 from tests.clusters.losing import embed_and_kill
 from tests.clusters.slurm import Slurm, why_not
@@ -50,6 +52,7 @@ def config(tmp_path: Path) -> dict[str, Any]:
         "walltime": "00:05:00",
         "interface": "lo",
         "log_directory": str(tmp_path / "logs"),
+        "resubmit": False,
         "job_script_prologue": [f"export PYTHONPATH={REPO}", 'echo "on $SLURM_JOB_NODELIST"'],
     }
 
@@ -70,6 +73,34 @@ def test_a_job_is_cancelled_in_the_middle_and_nothing_is_missing(
     wait_until(lambda: not slurm.jobs(), "the other job to be cancelled with the client")
     logs = [path.read_text() for path in (tmp_path / "logs").glob("curator-embed-*.out")]
     assert sorted(log.splitlines()[0] for log in logs) == ["on node1", "on node2"]
+
+
+@pytest.mark.parametrize("workers_per_node", [1, 2])
+def test_another_job_is_submitted_for_one_that_is_lost(
+    workers_per_node: int, slurm: Slurm, config: dict[str, Any], source: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(lost_jobs, "LOOK_EVERY_S", 2.0)
+    workers = 2 * workers_per_node
+    keys = {**config, "resubmit": True, "workers_per_node": workers_per_node, "wait_for_workers": workers}
+    keys |= {"memory_per_node": "3GiB"}
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1 s"}), get_client(config=keys) as client:
+        jobs = slurm.jobs()
+
+        def cancel(began: dict[int, str]) -> None:
+            slurm.run("scancel", str(min(jobs)))
+            wait_until(lambda: len(client.nthreads()) == workers_per_node, "the job's workers to be gone")
+            wait_until(lambda: len(client.nthreads()) == workers, "those of another job")
+
+        embed_and_kill(source, tmp_path, cancel, workers=workers)
+        now = slurm.jobs()
+        assert max(jobs) in now and len(now) == 2 and now.keys() != jobs.keys()
+        assert f"<config>: a job has ended before the run; submitted job {max(now)}" in caplog.messages
+        slurm.run("scancel", str(max(now)))
+        wait_until(lambda: len(client.nthreads()) == workers_per_node, "the workers to be gone")
+        time.sleep(10)
+        assert list(slurm.jobs()) == [max(jobs)], "there is no work for another job"
+    wait_until(lambda: not slurm.jobs(), "the jobs to be cancelled with the client")
 
 
 SCRIPT = (

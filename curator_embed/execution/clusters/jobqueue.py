@@ -21,6 +21,7 @@ from distributed.core import Status
 
 from curator_embed.errors import CuratorEmbedError, MissingExtra
 from curator_embed.execution.clusters.config import ON_THE_NODE, ClusterConfig
+from curator_embed.execution.clusters.lost_jobs import LostJobs
 
 _WALLTIME = re.compile(r"(\d+):([0-5]\d):([0-5]\d)")
 
@@ -42,6 +43,7 @@ class JobQueueConfig(ClusterConfig):
         log_directory: where the jobs' output goes, a folder that this machine sees as well.
         job_extra_directives: further directives, as the system's own documentation writes them. One that asks for
             GPUs replaces ours.
+        resubmit: submit another job for one that ended (its time was up, its node died) while there is work.
     """
 
     cores_per_node: int
@@ -55,6 +57,7 @@ class JobQueueConfig(ClusterConfig):
     local_directory: str | None = field(default=None, metadata=ON_THE_NODE)
     log_directory: str | None = None
     job_extra_directives: Sequence[str] = ()
+    resubmit: bool = True
 
     cluster_class: ClassVar[str]
     submits_with: ClassVar[str]
@@ -94,6 +97,8 @@ class JobQueueConfig(ClusterConfig):
             if isinstance(error, RuntimeError | ValueError | OSError):
                 raise CuratorEmbedError(f"{self.path}: a job was not accepted. {error}") from error
             raise
+        if self.resubmit:
+            LostJobs(cluster, self._listed, self.path).start()
         return cluster
 
     def job_script(self) -> str:
@@ -111,16 +116,21 @@ class JobQueueConfig(ClusterConfig):
 
     def why_none_can_come(self, cluster: Any) -> str | None:
         """All jobs have ended: a Python that is not there, a module that does not load, a scheduler out of reach."""
+        listed = self._listed()
+        numbers = {str(job.job_id) for job in list(cluster.workers.values()) if job.job_id}
+        if listed is None or not numbers or numbers & listed:
+            return None
+        return f"all {len(numbers)} jobs have ended" + self._last_words()
+
+    def _listed(self) -> set[str] | None:
+        """Numbers in the batch system's list, of jobs that wait or run among others; None when it does not answer."""
         try:
             listed = subprocess.run(self.lists_numbers, capture_output=True, text=True, timeout=60)
         except (OSError, subprocess.TimeoutExpired):
             return None
         if listed.returncode != 0 and "No unfinished job" not in listed.stderr:  # LSF's way to say none
             return None  # a busy batch system says nothing about the jobs
-        numbers = {str(job.job_id) for job in list(cluster.workers.values()) if job.job_id}
-        if not numbers or numbers & set(re.findall(r"\d+", listed.stdout)):
-            return None
-        return f"all {len(numbers)} jobs have ended" + self._last_words()
+        return set(re.findall(r"\d+", listed.stdout))
 
     def _last_words(self) -> str:
         """The end of the newest log that says anything, of errors (job.err, job.e12) rather than of output."""

@@ -30,6 +30,7 @@ REMOTE_BLOCK_BYTES = 8 << 20
 
 _USUAL_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_bytes", "bytes", "content")
 _FOOTER_KEY = b"curator_embed"
+_HUGGING_FACE_KEY = b"huggingface"
 
 
 class ParquetShard(Shard):
@@ -145,14 +146,19 @@ class ParquetShard(Shard):
         return other
 
     def table_from_extras(self, samples: list[Sample]) -> pa.Table:
-        """Made-up ids, and the file's own columns without the images."""
+        """Made-up ids, and the file's own columns without the images.
+
+        What Hugging Face notes about them in the file stays: names of classes, say. It is looked up by column, so
+        those that are gone or new do no harm.
+        """
         with self._open() as parquet, self._naming():
             names = [name for name in parquet.schema_arrow.names if name not in (self.image_col, self.id_col)]
             table = parquet.read(columns=names).slice(0, len(samples))
         ids = pa.array([sample.key for sample in samples], pa.string())
         if not names:
             return pa.table({self.id_col: ids})
-        return table.replace_schema_metadata(None).add_column(0, self.id_col, ids)
+        features = {key: value for key, value in (table.schema.metadata or {}).items() if key == _HUGGING_FACE_KEY}
+        return table.replace_schema_metadata(features or None).add_column(0, self.id_col, ids)
 
     def image_source(self) -> str:
         """The file."""

@@ -140,3 +140,38 @@ def test_globs_folders_lists_and_tars(client: Client, hub: dict[str, bytes], tmp
 def test_a_dataset_that_is_not_there(hub: dict[str, bytes]) -> None:
     with pytest.raises(UsageError, match=r"hf://datasets/nobody/nothing: no \*\.parquet there"):
         ImageTextPairDataset.from_parquet("hf://datasets/nobody/nothing")
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+def test_names_of_classes_stay(client: Client, tmp_path: Path, wheel_photos: list[Path], with_ids: bool) -> None:
+    """What ``datasets`` wrote, it reads with the same features, and the new columns as what they are."""
+    datasets = pytest.importorskip("datasets")
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    rows: dict[str, Any] = {
+        "image": [{"bytes": image, "path": None} for image in crops(wheel_photos[0], 3, size=32)],
+        "label": [0, 1, 0],
+    }
+    if with_ids:
+        features, rows = {"key": datasets.Value("string"), **features}, {"key": list("abc"), **rows}
+    (tmp_path / "data").mkdir()
+    written = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    written.to_parquet(str(tmp_path / "data" / "0.parquet"))
+
+    ColourEmbedder()(ImageTextPairDataset.from_parquet(tmp_path / "data")).save_metadata(
+        str(tmp_path / "out"), progress=False
+    )
+    read = datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "out" / "0.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert read.column_names == ["key", "label", "image_embedding", "image_error"]
+    assert read.features["label"] == features["label"]
+    assert read.features["label"].int2str(read["label"][:]) == ["cat", "dog", "cat"]
+    assert read.features["image_embedding"] == datasets.List(datasets.Value("float32"))
+
+    if with_ids:  # in place the images stay as well
+        ColourEmbedder()(ImageTextPairDataset.from_parquet(tmp_path / "data")).save_metadata(progress=False)
+        read = datasets.load_dataset(
+            "parquet", data_files=str(tmp_path / "data" / "0.parquet"), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        assert {name: read.features[name] for name in features} == features
+        assert read[0]["image"].size == (32, 32) and len(read[0]["image_embedding"]) > 0

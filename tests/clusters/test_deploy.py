@@ -295,6 +295,7 @@ def documents() -> dict[str, dict[str, Any]]:
 def run_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubernetesConfig:
     """The cluster of run.yaml, as the driver's pod reads it."""
     monkeypatch.setenv("POD_NAME", "embed-x7k2p")
+    monkeypatch.setenv("POD_UID", "0d2c")
     path = tmp_path / "cluster.yaml"
     path.write_text(documents()["ConfigMap"]["data"]["cluster.yaml"])
     config = read_cluster(path)
@@ -319,6 +320,10 @@ def test_the_resources_of_a_run_name_each_other(run_config: KubernetesConfig) ->
     [mount] = driver["volumeMounts"]
     assert f"--cluster={mount['mountPath']}/cluster.yaml" in driver["args"]
     assert run_config.name == "embed-x7k2p"
+    # Each variable of the cluster's file is the driver pod's own.
+    fields = {variable["name"]: variable["valueFrom"]["fieldRef"]["fieldPath"] for variable in driver["env"]}
+    assert fields == {"POD_NAME": "metadata.name", "POD_UID": "metadata.uid"}
+    assert run_config.owner == {"apiVersion": "v1", "kind": "Pod", "name": "embed-x7k2p", "uid": "0d2c"}
 
 
 @pytest.mark.parametrize("where", ["job", "ec2", "kubernetes"])

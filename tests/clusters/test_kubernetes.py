@@ -35,6 +35,7 @@ FULL: dict[str, Any] = {
     "pod": {"volumes": [{"name": "weights", "persistentVolumeClaim": {"claimName": "weights"}}]},
     "container": {"volumeMounts": [{"name": "weights", "mountPath": "/weights"}]},
     "worker_args": ["--rmm-pool-size", "0.2"], "idle_timeout": 900,
+    "owner": {"apiVersion": "v1", "kind": "Pod", "name": "embed-7", "uid": "0d2c"},
 }  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def test_requests_equal_limits_and_memory_is_shared_by_a_pods_workers(settings: 
 
 def test_names_places_and_images_are_those_of_the_file() -> None:
     manifest = KubernetesConfig(**FULL).manifest()
-    assert manifest["metadata"] == {"name": "embed-7", "namespace": "vision"}
+    assert manifest["metadata"] == {"name": "embed-7", "namespace": "vision", "ownerReferences": [FULL["owner"]]}
     assert manifest["spec"]["worker"]["replicas"] == 3
     assert manifest["spec"]["idleTimeout"] == 900
     assert worker_of(manifest)["image"] == scheduler_of(manifest)["image"] == "registry/embed:1"
@@ -130,6 +131,7 @@ def test_variables_that_only_sound_like_credentials_pass(name: str) -> None:
         ({"scheduler_cpu": float("nan")}, "scheduler_cpu"),
         ({"idle_timeout": -1}, "idle_timeout"),
         ({"service_type": "Ingress"}, "service_type"),
+        ({"owner": {"kind": "Pod", "name": "embed-1"}}, "owner"),
         ({"wait_for_workers": 2}, "wait_for_workers"),
         ({"options": {"n_workers": 3}}, "options.n_workers"),
         ({"options": {"custom_cluster_spec": {}}}, "options.custom_cluster_spec"),

@@ -34,6 +34,7 @@ _PLACE_NAME = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)  # where a secret 
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T)?")
 _LEAST_MEMORY = 256 * 2**20
 _MARK = "curator-embed/started-by"
+_OWNER = {"apiVersion", "kind", "name", "uid"}
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGT", 1)
 }
@@ -80,6 +81,8 @@ class KubernetesConfig(ClusterConfig):
         service_type: "ClusterIP", "LoadBalancer" or "NodePort": how the scheduler is reached.
         idle_timeout: seconds without work after which the operator removes the cluster; 0 for never. Without it
             the pods of a driver that was killed would stay.
+        owner: the resource with which Kubernetes removes the cluster, with its apiVersion, kind, name and uid: the
+            driver's own pod. It must be in the same namespace.
     """
 
     kind: ClassVar[str] = "kubernetes"
@@ -103,6 +106,7 @@ class KubernetesConfig(ClusterConfig):
     worker_args: Sequence[str] = ()
     service_type: str = "ClusterIP"
     idle_timeout: int = 3600
+    owner: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +127,8 @@ class KubernetesConfig(ClusterConfig):
                 raise self.wrong(key, f"{cores} is no number of cores; more than 0")
         if self.idle_timeout < 0:
             raise self.wrong("idle_timeout", f"{self.idle_timeout} is no time; seconds, or 0 for never")
+        if self.owner and self.owner.keys() != _OWNER:
+            raise self.wrong("owner", f"needs the keys {', '.join(sorted(_OWNER))}, and has {', '.join(self.owner)}")
         for variable in self.env:
             if _SECRET_NAME.search(variable) and not _PLACE_NAME.search(variable):
                 raise self.wrong(
@@ -145,11 +151,15 @@ class KubernetesConfig(ClusterConfig):
         Raises:
             UsageError: ``pod`` or ``container`` holds a field that has a key of its own.
         """
-        place = {} if self.namespace is None else {"namespace": self.namespace}
+        metadata: dict[str, Any] = {"name": self.name}
+        if self.namespace is not None:
+            metadata["namespace"] = self.namespace
+        if self.owner:
+            metadata["ownerReferences"] = [dict(self.owner)]
         return {
             "apiVersion": API_VERSION,
             "kind": "DaskCluster",
-            "metadata": {"name": self.name} | place,
+            "metadata": metadata,
             "spec": {
                 "idleTimeout": self.idle_timeout,
                 "worker": {"replicas": self.nodes, "spec": self._worker_pod()},

@@ -58,6 +58,7 @@ class RunReport:
         workers: Dask workers at a time, at most.
         workers_lost: Dask workers that left while the run went on.
         worker_seconds: time that workers were there, summed over them.
+        images_below: the root of a path list; empty for other sources.
         settings: what was settled for the run (device, threads, compile, batch shape), per column.
         faults: shard name -> why it was set aside.
         certificate: figures of the comparison with the models' own preprocessing, when asked for.
@@ -82,6 +83,7 @@ class RunReport:
     workers: int = 1
     workers_lost: int = 0
     worker_seconds: float = 0.0
+    images_below: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     notes_left_out: int = 0
@@ -197,6 +199,7 @@ class RunReport:
             "shards": self.shards,
             "images_without_row": self.images_without_row,
             "decoders": self.decoders,
+            "images_below": self.images_below,
             "settings": self.settings,
             "notes": self.notes + ([f"... and {self.notes_left_out} more"] if self.notes_left_out else []),
             "faults": self.faults,

@@ -38,6 +38,8 @@ from curator_embed.sources.path_list import cut_otherwise
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Step
 
+_REPORT = "report-"
+
 SURVEY_THREADS = {"local": 2, "remote": 16}
 """Threads that read footers: from a local disk more than two only wait for each other."""
 
@@ -295,7 +297,9 @@ def execute(
         check_plan(plan)
         for target in targets:
             clear_temporaries(target, own)
-        report = RunReport(settings=plan.settings, certificate=certificate or {}, notes=_carried_over(job, shards))
+        notes = [*_carried_over(job, shards), *_read_elsewhere(plan, folder)]
+        report = RunReport(settings=plan.settings, certificate=certificate or {}, notes=notes)
+        report.images_below = shards[0].images_below
         started = time.perf_counter()
         with _stop_requests() as stop:
             Driver(client, plan, report, limit, stop, locks).run(progress)
@@ -333,6 +337,28 @@ def _carried_over(job: ShardJob, shards: Sequence[Shard]) -> list[str]:
     if table != shards[0].own_table():
         return []
     return [f"the columns of {redact(table.rpartition('/')[0])} are carried over; columns= chooses others"]
+
+
+def _read_elsewhere(plan: RunPlan, folder: Location) -> list[str]:
+    """Say so when finished files were made of images below another root: the same ones mounted elsewhere, or others.
+
+    The last report tells, and no footer: outputs of one list are to compare byte for byte wherever it is mounted.
+    """
+    place, done = plan.shards[0].images_below, len(plan.shards) - len(plan.todo)
+    if not place or not done:
+        return []
+    try:
+        kept = folder.fs.ls(f"{folder.path.rstrip('/')}/_curator_embed", detail=False)
+        last = max(path for path in kept if path.rpartition("/")[2].startswith(_REPORT))
+        before = json.loads(folder.fs.cat_file(last)).get("images_below")
+    except (OSError, ValueError):  # no report there, or none that says
+        return []
+    if not before or before == place:
+        return []
+    return [
+        f"the last run read its images below {before}, this one below {place}. Finished files ({done}) are kept, "
+        "because only lines are compared; if these are other images, write into another folder"
+    ]
 
 
 def _output_folder(job: ShardJob, shard: Shard) -> Location:
@@ -376,7 +402,7 @@ def check_writable(folder: Location) -> None:
 def _keep(report: RunReport, folder: Location) -> None:
     """Leave the report beside the output; times and dates live here and not in the parquet files."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    path = f"{folder.path.rstrip('/')}/_curator_embed/report-{stamp}-{secrets.token_hex(2)}.json"
+    path = f"{folder.path.rstrip('/')}/_curator_embed/{_REPORT}{stamp}-{secrets.token_hex(2)}.json"
     content = {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **report.to_dict()}
     folder.fs.pipe_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode())
 

@@ -171,6 +171,11 @@ class PathListShard(Shard):
         """The lines that were asked for when the list was opened."""
         return self.listed.part
 
+    @property
+    def images_below(self) -> str:  # type: ignore[override]
+        """The root, or the list's folder."""
+        return redact(self.listed.root or os.path.dirname(self.listed.path))
+
     def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
         """Yield a sample a line, in order, reading many images at a time.
 

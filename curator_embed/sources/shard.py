@@ -74,6 +74,9 @@ class Shard(ABC):
     """Named ``{name}_{start}-{end}`` by position in a list: one that has grown, or is cut into other pieces, gives the
     same rows other names."""
 
+    images_below: str = ""
+    """Where the images lie when a fingerprint does not tell: the same list may be read below another folder."""
+
     image_columns: tuple[str, ...] = ()
     """Columns of the shard's own table that hold the images: no new output gets them unless asked to."""
 

@@ -74,6 +74,23 @@ def test_a_wrong_root_is_no_output(client: Client, listing: Path, tmp_path: Path
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 
+def test_another_root_is_told_and_the_same_one_is_not(client: Client, listing: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = ColourEmbedder()(opened(listing)).save_metadata(str(out), progress=False)
+    assert first.images_below == str(tmp_path / "images") and first.notes == []
+    assert ColourEmbedder()(opened(listing)).save_metadata(str(out), progress=False).notes == []
+    before = {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    (tmp_path / "images").rename(tmp_path / "moved")
+    moved = ImageTextPairDataset.from_path_list(listing, tmp_path / "moved", "laion", images_per_file=8)
+    again = ColourEmbedder()(moved).save_metadata(str(out), progress=False)
+    assert again.shards["skipped"] == 3
+    (note,) = again.notes
+    assert f"below {tmp_path / 'images'}, this one below {tmp_path / 'moved'}. Finished files (3) are kept" in note
+    # Elsewhere the same bytes: no file tells where its images were mounted.
+    ColourEmbedder()(moved).save_metadata(str(tmp_path / "second"), progress=False)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "second").glob("*.parquet")} == before
+
+
 def test_overwriting_looks_again_for_images_that_were_missing(client: Client, listing: Path, tmp_path: Path) -> None:
     out, gone = str(tmp_path / "out"), tmp_path / "images" / "gone.jpg"
     ColourEmbedder()(opened(listing)).save_metadata(out, progress=False)

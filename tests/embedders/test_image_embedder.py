@@ -354,3 +354,36 @@ def test_transforms_are_read_or_run_as_they_are(encoded: list[bytes]) -> None:
 def test_certify_compares_with_the_spelt_out_transform(wheel_photos: list[Path]) -> None:
     report = Seeded("mine").certify([path.read_bytes() for path in wheel_photos[:4]])
     assert report.holds and report.images == 4 and report.min_cosine is not None
+
+
+# --- CUDA graphs ----------------------------------------------------------------------------------
+
+
+def test_cuda_graphs_are_in_the_recipe_where_they_are_asked_for() -> None:
+    """And leave recipes of before the option as they were."""
+    with_graphs = Seeded("mine", cuda_graphs=True).on_device("cuda")
+    assert with_graphs.settled(threads=1).recipe()["cuda_graphs"] is True
+    assert "cuda_graphs" not in Seeded("mine").on_device("cuda").recipe()
+
+
+def test_cuda_graphs_without_a_gpu_or_one_shape_are_refused() -> None:
+    with pytest.raises(UsageError, match="needs a GPU, and this run is on the device 'cpu'"):
+        Seeded("mine", cuda_graphs=True, device="cpu")
+    with pytest.raises(UsageError, match="needs a GPU"):
+        Seeded("mine", cuda_graphs=True).on_device("cpu")
+    with pytest.raises(UsageError, match="load_dataset_shard"):
+        OwnReader("mine", cuda_graphs=True)
+
+
+def test_a_few_images_are_embedded_as_they_are(encoded: list[bytes]) -> None:
+    """``embed`` needs no graph, and so no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: it would be used")
+    assert np.array_equal(Seeded("mine", cuda_graphs=True).embed(encoded), Seeded("mine").embed(encoded))
+
+
+def test_planning_for_a_gpu_needs_none() -> None:
+    """The process that plans a run leaves the GPUs to the workers."""
+    planned = Seeded("mine", device="cuda", batch_size=1024)
+    assert planned.embedding_dim == 5
+    assert not torch.cuda.is_initialized()

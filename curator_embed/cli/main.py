@@ -284,15 +284,13 @@ def columns(
 
 
 @app.command()
-def info(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A dataset or an output: tars, parquet files, or both.")],
-    storage_options: StorageOptions = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say what a dataset holds: shards, rows, columns, how each column was made, and what failed."""
-    from curator_embed.datasets.describing import describe_dataset
+@takes_groups
+def info(src: Source, source: SourceOptions, as_json: AsJson = False) -> None:
+    """Say what a dataset or an output holds: shards, rows, columns, how each column was made, and what failed.
 
-    described = describe_dataset(path, storage_options=_options(storage_options))
+    Of a path list or a folder of images, --metadata names the output; by default it is the one beside.
+    """
+    described = source.describe(src)
     typer.echo(json.dumps(described.to_dict(), indent=2, ensure_ascii=False) if as_json else str(described))
 
 

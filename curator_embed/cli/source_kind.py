@@ -29,8 +29,11 @@ _NEEDED = (
 _SHOWN = 4
 
 
-def detect(src: str, storage_options: dict[str, Any]) -> SourceKind:
+def detect(src: str, storage_options: dict[str, Any], *, outputs: bool = False) -> SourceKind:
     """See what a source is.
+
+    Args:
+        outputs: folders of tables that a run wrote, which have no images, serve as well.
 
     Raises:
         UsageError: nothing is there, nothing that can be worked on, or more than one kind; it says what was found.
@@ -40,7 +43,7 @@ def detect(src: str, storage_options: dict[str, Any]) -> SourceKind:
     from curator_embed.sources.sniff import IMAGE_EXTENSIONS
 
     if not files.is_remote(src) and files.is_folder(src):
-        return _kind_of_folder(src, storage_options)
+        return _kind_of_folder(src, storage_options, outputs)
     ending = os.path.splitext(src)[1].lower()
     if ending in LIST_ENDINGS:
         return SourceKind.path_list
@@ -52,13 +55,13 @@ def detect(src: str, storage_options: dict[str, Any]) -> SourceKind:
     if ending[1:] in IMAGE_EXTENSIONS:
         raise UsageError(f"{shown}: images are given by their folder, or by a list of their paths")
     if files.is_folder(src, storage_options):
-        return _kind_of_folder(src, storage_options)
+        return _kind_of_folder(src, storage_options, outputs)
     if files.exists(src, storage_options):
         raise UsageError(f"{shown}: its ending does not say what it is; say --source path-list for a list")
     raise UsageError(f"{shown}: no such file or folder")
 
 
-def _kind_of_folder(src: str, storage_options: dict[str, Any]) -> SourceKind:
+def _kind_of_folder(src: str, storage_options: dict[str, Any], outputs: bool) -> SourceKind:
     from curator_embed.sources import files
     from curator_embed.sources.sniff import IMAGE_EXTENSIONS
 
@@ -79,7 +82,7 @@ def _kind_of_folder(src: str, storage_options: dict[str, Any]) -> SourceKind:
     if with_images:
         return SourceKind.parquet
     if parquets:
-        if _is_output(parquets[0], storage_options):
+        if not outputs and _is_output(parquets[0], storage_options):
             raise UsageError(
                 f"{files.redact(src)}: an output of this command, and the images are not in it. To add columns to it, "
                 "give as SRC what it was made from, and this folder with --metadata"

@@ -20,6 +20,7 @@ from curator_embed.errors import UsageError
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset
+    from curator_embed.datasets.describing import DatasetDescription
 
 
 class KeySplit(StrEnum):
@@ -134,11 +135,22 @@ class SourceOptions:
         Raises:
             UsageError: options that contradict each other or do not belong to such a source, or nothing there.
         """
+        storage = self._storage(src, output)
+        kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
+        return self._opened(src, kind, storage, batch_size)
+
+    def describe(self, src: str) -> DatasetDescription:
+        """What the source holds; an output of a run, which has no images, serves as well."""
+        from curator_embed.datasets.describing import describe_dataset
+
+        storage = self._storage(src, None)
+        kind = self.source if self.source is not SourceKind.auto else detect(src, storage, outputs=True)
+        return describe_dataset(self._opened(src, kind, storage, 1), src, kind)
+
+    def _opened(self, src: str, kind: SourceKind, storage: dict[str, Any], batch_size: int) -> ImageTextPairDataset:
         from curator_embed.datasets import ImageTextPairDataset
         from curator_embed.sources.objects import ReadPolicy
 
-        storage = self._storage(src, output)
-        kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
         self._check(kind)
         reading = ReadPolicy(in_flight=self.in_flight, timeout=self.timeout, retries=self.retries)
         common: dict[str, Any] = {"metadata_path": self.metadata, "storage_options": storage}

@@ -7,24 +7,34 @@ from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from curator_embed.errors import UsageError
 from curator_embed.execution.output import Location
 from curator_embed.execution.provenance import Footer, canonical_json
-from curator_embed.sources.files import is_folder, list_files, natural_key
+from curator_embed.sources.files import redact
+
+if TYPE_CHECKING:
+    from curator_embed.datasets.image_text_pair import ImageTextPairDataset
+
+SHOWN_PROBLEMS = 10
+"""Files that cannot be read and are named in the text; ``to_dict`` names all."""
 
 
 @dataclass
 class DatasetDescription:
-    """Facts about a folder of shards.
+    """Facts about a dataset.
 
     Attributes:
-        tars: tar files.
-        tables: parquet files.
-        rows: rows of all tables.
+        path: as it was named.
+        kind: "webdataset", "path-list", "folder" or "parquet".
+        shards: in all; a run writes a file for each.
+        tars: shards whose images lie in a tar of their own.
+        images: lines of a list, images of a folder; None where only reading would tell.
+        images_below: the root of a path list.
+        tables: parquet files that are there; ``tables_in`` is the folder where they are, or would be written to.
+        rows: of these tables.
         columns: name -> type, of the first table.
         made: column -> ways it was made, each with the number of files.
         counts: rows read, embedded, failed, no_image and the reasons, summed over the files that say.
@@ -32,8 +42,13 @@ class DatasetDescription:
     """
 
     path: str
-    tars: int = 0
+    kind: str
+    shards: int
+    tars: int
+    images: int | None
+    images_below: str
     tables: int = 0
+    tables_in: str = ""
     rows: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     made: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -45,11 +60,13 @@ class DatasetDescription:
         return dict(vars(self))
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.tars:,} tars, {self.tables:,} parquet files, {self.rows:,} rows", "columns:"]
+        lines = [self._head(), self._tables()]
+        if self.columns:
+            lines.append("columns:")
         for name, kind in self.columns.items():
             lines.append(f"  {name:<22} {kind}")
             for made in self.made.get(name, []):
-                lines.append(f"    made by {_in_words(made['recipe'])} ({made['files']:,} files)")
+                lines.append(f"    made by {_in_words(made['recipe'])} ({_count(made['files'], 'file')})")
         if self.counts.get("read"):
             reasons = ", ".join(f"{code} {count:,}" for code, count in self.counts["reasons"].items())
             lines.append(
@@ -57,8 +74,32 @@ class DatasetDescription:
                 f"{self.counts['failed']:,} failed{f' ({reasons})' if reasons else ''}, "
                 f"{self.counts['no_image']:,} without image"
             )
-        lines += [f"problem: {problem}" for problem in self.problems]
+        lines += [f"problem: {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
+        if (more := len(self.problems) - SHOWN_PROBLEMS) > 0:
+            lines.append(f"problem: ... and {more:,} more")
         return "\n".join(lines)
+
+    def _head(self) -> str:
+        parts = [self.kind, _count(self.shards, "shard")]
+        if self.images is not None:
+            parts.append(_count(self.images, "line" if self.kind == "path-list" else "image"))
+        elif self.kind == "webdataset":
+            parts.append(_count(self.tars, "tar") if self.tars else "tables alone")
+        if self.images_below:
+            parts.append(f"images below {self.images_below}")
+        return f"{self.path}: {', '.join(parts)}"
+
+    def _tables(self) -> str:
+        if not self.tables:
+            return f"tables: none yet in {self.tables_in}"
+        missing = f" for {self.shards:,} shards" if self.tables < self.shards else ""
+        return (
+            f"tables: {_count(self.tables, 'parquet file')}{missing}, {_count(self.rows, 'row')}, in {self.tables_in}"
+        )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _in_words(recipe: Mapping[str, Any]) -> str:
@@ -71,31 +112,36 @@ def _in_words(recipe: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def describe_dataset(path: str, *, storage_options: Mapping[str, Any] | None = None) -> DatasetDescription:
-    """Describe a folder of shards, or one parquet file.
+def describe_dataset(dataset: ImageTextPairDataset, path: str, kind: str) -> DatasetDescription:
+    """Describe a dataset from its shards' names and its tables' footers; no image is read.
 
-    Raises:
-        UsageError: there is neither a tar nor a parquet file.
+    Args:
+        path: as the user named it.
+        kind: of its source.
     """
-    options = dict(storage_options or {})
-    if path.endswith(".parquet"):
-        tables, tars = [path], []
-    elif not path.endswith(".tar") and not is_folder(path, options):
-        raise UsageError(f"{path}: no such folder, and no tar or parquet file")
-    else:
-        tables = sorted(list_files(path, ".parquet", options), key=natural_key)
-        tars = [path] if path.endswith(".tar") else list_files(path, ".tar", options)
-    if not tables and not tars:
-        raise UsageError(f"{path}: neither tars nor parquet files there")
-    found = DatasetDescription(path, tars=len(tars), tables=len(tables))
+    shards = dataset.shards
+    listed = [shard.row_estimate() for shard in shards if shard.by_position]
+    found = DatasetDescription(
+        path=path,
+        kind=kind,
+        shards=len(shards),
+        tars=sum((shard.image_source() or "").endswith(".tar") for shard in shards),
+        images=sum(count or 0 for count in listed) if listed else None,
+        images_below=shards[0].images_below,
+        tables_in=redact((shards[0].table_path() or shards[0].own_table() or "").rpartition("/")[0]),
+    )
     recipes: dict[str, Counter[str]] = {}
     sums: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    tables = [table for shard in shards if (table := shard.table_path()) is not None]
     with ThreadPoolExecutor(8) as pool:
-        for schema, rows, problem in pool.map(lambda table: _look(table, options), tables):
-            if problem or schema is None:
+        for schema, rows, problem in pool.map(lambda table: _look(table, dataset.storage_options), tables):
+            if problem:
+                found.tables += 1
                 found.problems.append(problem)
+            if schema is None:
                 continue
+            found.tables += 1
             found.rows += rows
             if not found.columns:
                 found.columns = {item.name: str(item.type) for item in schema}
@@ -114,8 +160,11 @@ def describe_dataset(path: str, *, storage_options: Mapping[str, Any] | None = N
 
 
 def _look(path: str, options: Mapping[str, Any]) -> tuple[pa.Schema | None, int, str]:
+    """(schema, rows, why it cannot be read); neither schema nor problem where there is no such file."""
     try:
         with Location.of(path, options).open_parquet() as parquet:
             return parquet.schema_arrow, parquet.metadata.num_rows, ""
+    except FileNotFoundError:
+        return None, 0, ""
     except Exception as error:
         return None, 0, str(error) if path in str(error) else f"{path}: {error}"

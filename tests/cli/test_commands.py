@@ -359,7 +359,7 @@ def test_info(run: Run, source: Path, tmp_path: Path) -> None:
     assert told["made"]["image_embedding"][0]["files"] == 2
     assert told["counts"] == {"read": 14, "embedded": 11, "failed": 1, "no_image": 2, "reasons": {"not_an_image": 1}}
     text = run("info", tmp_path / "out").out
-    for word in (MODEL, "14 rows", "11 embedded", "not_an_image 1", "caption", "image_error"):
+    for word in (MODEL, "2 parquet files, 14 rows", "11 embedded", "not_an_image 1", "caption", "image_error"):
         assert word in text
     (tmp_path / "out" / "00001.parquet").write_bytes(b"damaged")
     damaged = run("info", tmp_path / "out")

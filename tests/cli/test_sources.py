@@ -72,6 +72,30 @@ def test_folders_and_parquet_are_recognised(run: Run, images: Path, tmp_path: Pa
     assert list(columns(tmp_path / "out").values()) == [[column, "image_sha256", "image_error"]]
 
 
+def test_info_of_a_list_and_of_a_folder(run: Run, images: Path, tmp_path: Path) -> None:
+    """What there is to do, and how much of it is done, wherever the output lies."""
+    opened = (images / "list.txt", "--root", images / "images", "--dataset", "laion", "--images-per-file", 4)
+    told = json.loads(run("info", *opened, "--json").out)
+    assert (told["kind"], told["shards"], told["images"], told["tables"]) == ("path-list", 3, 10, 0)
+    assert (told["images_below"], told["tables_in"]) == (str(images / "images"), f"{images / 'list.txt'}_metadata")
+    assert "none yet in" in run("info", *opened).out
+
+    out = tmp_path / "out"
+    assert run("columns", *opened, "--end-line", 8, "--hash", "sha256", "--output", out, "--quiet").status == 0
+    text = run("info", *opened, "--metadata", out).out
+    assert "path-list, 3 shards, 10 lines, images below" in text
+    assert f"tables: 2 parquet files for 3 shards, 8 rows, in {out}" in text and "8 read, 8 embedded" in text
+    told = json.loads(run("info", out, "--json").out)
+    assert (told["kind"], told["shards"], told["tars"], told["rows"]) == ("webdataset", 2, 0, 8)
+
+    assert run("columns", images / "images", "--properties", "--quiet").status == 0
+    text = run("info", images / "images").out
+    assert "folder, 1 shard, 10 images" in text and f"1 parquet file, 10 rows, in {images / 'images'}_metadata" in text
+    assert "parquet, 1 shard\n" in run("info", images / "parquets").out
+    refused = run("info", images / "images", "--root", "x")
+    assert refused.status == 2 and "--root is for path-list" in refused.err
+
+
 def test_what_a_source_is(images: Path, wheel_photos: list[Path]) -> None:
     write_dataset(images / "wds", wheel_photos, shards=1, samples=1)
     (images / "tables").mkdir()

@@ -28,8 +28,9 @@ from benchmarks.cpu import NormaliseOnly, decode_only, timed
 from benchmarks.images import encoded_images, write_shards
 from curator_embed.embedders import TimmImageEmbedder
 from curator_embed.execution.engines import CpuEngine
+from curator_embed.execution.job import ShardJob
 from curator_embed.execution.pipeline import Pipeline
-from curator_embed.execution.shard_run import ShardJob, ShardRun
+from curator_embed.execution.shard_run import ShardRun
 from curator_embed.sources.objects import ReadPolicy
 from curator_embed.sources.path_list import find_lines
 from curator_embed.sources.s3 import S3Options

@@ -38,7 +38,7 @@ from curator_embed.sources.shard import Shard
 
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset
-    from curator_embed.execution.shard_run import ShardJob
+    from curator_embed.execution.job import ShardJob
 
 
 KEY = "key"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from curator_embed.errors import UsageError
-from curator_embed.execution.shard_run import ShardJob
+from curator_embed.execution.job import ShardJob
 from curator_embed.sources.files import absolute
 from curator_embed.sources.shard import Shard
 from curator_embed.sources.webdataset import find_shards

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
+from curator_embed.execution.job import ShardReport
 from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.planning import group_shards
 from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.shard_run import ShardReport
 from curator_embed.execution.worker import (
     TaskReport,
     WorkerUnfit,

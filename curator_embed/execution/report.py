@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from curator_embed.execution.job import ShardReport
 from curator_embed.execution.pipeline import StageClock
-from curator_embed.execution.shard_run import ShardReport
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset

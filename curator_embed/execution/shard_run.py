@@ -1,26 +1,25 @@
 """One shard's run: read, feed the pipeline, pair by id, write. The place where rows are counted.
 
-``ShardJob`` is what a worker needs to know; ``begin`` reads a shard and feeds the pipeline,
-``finish`` waits for the values and writes the file. Between the two, other shards may begin.
+``begin`` reads a shard and feeds the pipeline, ``finish`` waits for the values and writes the file. Between the two,
+other shards may begin.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.execution.failpoints import failpoint
+from curator_embed.execution.job import FailedRows, ShardJob, ShardReport
 from curator_embed.execution.output import (
     Location,
     NewColumn,
@@ -28,7 +27,6 @@ from curator_embed.execution.output import (
     TargetChanged,
     Token,
     collect_table,
-    vectors_to_list_array,
     write_table,
 )
 from curator_embed.execution.pairing import (
@@ -40,309 +38,13 @@ from curator_embed.execution.pairing import (
     pair,
 )
 from curator_embed.execution.pipeline import OpenShard, Pipeline
-from curator_embed.execution.provenance import ERROR_COLUMN, Footer, Status, counted, same_samples, status
-from curator_embed.sources.files import fingerprint, redact
+from curator_embed.execution.provenance import ERROR_COLUMN, Footer, same_samples
+from curator_embed.execution.survey import survey, table_fingerprint
+from curator_embed.execution.values import embedded_values, image_values, own_values
 from curator_embed.sources.shard import Note, Sample, Shard
 from curator_embed.steps import BatchStep, Step
 
-OnError = Literal["keep", "drop", "raise"]
-
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ShardJob:
-    """What a run does to every shard. Picklable, small, the same for all workers.
-
-    Attributes:
-        steps: settled steps, in the order their columns are written.
-        id_col: the dataset's id column.
-        output: folder of a new dataset, or None to add columns in place.
-        select: the input's columns a new dataset gets (None: all).
-        on_error: what happens to rows without an embedding.
-        overwrite: replace columns that came from elsewhere or were made another way.
-        engine: which decode engine ("cpu": Pillow; "dali": DALI, on ``device``).
-        device: where the models run, as torch names it.
-        decode_threads: decode threads a worker.
-        model_threads: the forward pass's own threads on a CPU.
-        storage_options: for fsspec.
-        must_see: files on local disks that a worker must find at these paths, or it is on another disk.
-        not_needed: positions of steps whose columns every shard has already; their models are not loaded.
-    """
-
-    steps: tuple[Step, ...]
-    id_col: str
-    output: str | None
-    select: tuple[str, ...] | None = None
-    on_error: OnError = "keep"
-    overwrite: bool = False
-    engine: str = "cpu"
-    device: str = "cpu"
-    decode_threads: int = 4
-    model_threads: int | None = None
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-    must_see: tuple[str, ...] = ()
-    not_needed: frozenset[int] = frozenset()
-
-    @cached_property
-    def recipes(self) -> tuple[dict[str, Any], ...]:
-        """What counts of the steps' recipes; asking a step costs more than reading a footer."""
-        return tuple(counted(step.recipe()) for step in self.steps)
-
-    def target(self, shard: Shard) -> str:
-        """Where the shard's parquet goes."""
-        if self.output is not None:
-            return f"{self.output.rstrip('/')}/{shard.name}.parquet"
-        table = shard.table_path()
-        if table is not None:
-            return table
-        own = shard.own_table()
-        if own is None:
-            raise UsageError(f"shard {shard.name} has no table to add columns to; give an output path")
-        return own
-
-    def output_options(self, limit: int | None = None) -> dict[str, Any]:
-        """How rows and columns were chosen, for the footer: it tells apart outputs of different runs."""
-        if self.output is None:
-            return {}
-        options: dict[str, Any] = {"on_error": "drop" if self.on_error == "drop" else "keep"}
-        if self.select is not None:
-            options["columns"] = list(self.select)
-        if limit is not None:
-            options["limit"] = limit
-        return options
-
-
-@dataclass
-class ShardReport:
-    """What became of one shard's rows; sums up to the run's report."""
-
-    shard: str
-    read: int = 0
-    embedded: int = 0
-    failed: int = 0
-    no_image: int = 0
-    reasons: dict[str, int] = field(default_factory=dict)
-    skipped: bool = False
-    images_without_row: int = 0
-    notes: list[Note] = field(default_factory=list)
-    examples: list[tuple[str, str]] = field(default_factory=list)
-    exceptions: list[str] = field(default_factory=list)
-    decoders: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    queues: dict[str, dict[str, float]] = field(default_factory=dict)
-    fault: str = ""
-
-    @classmethod
-    def of_finished(cls, shard: str, footer: Footer) -> ShardReport:
-        """The report of a shard that an earlier run finished, from its footer."""
-        counts = footer.counts
-        report = cls(shard, skipped=True, reasons=dict(counts.get("reasons", {})))
-        report.read, report.embedded = counts.get("read", 0), counts.get("embedded", 0)
-        report.failed, report.no_image = counts.get("failed", 0), counts.get("no_image", 0)
-        return report
-
-    def counts(self) -> dict[str, Any]:
-        """The part that is stored in the footer, so that a resumed run can account for this shard."""
-        return {
-            "read": self.read,
-            "embedded": self.embedded,
-            "failed": self.failed,
-            "no_image": self.no_image,
-            "reasons": dict(sorted(self.reasons.items())),
-        }
-
-
-class FailedRows(UsageError):
-    """``on_error="raise"`` met rows that failed; the shard was not written."""
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What footers alone say about a shard.
-
-    Attributes:
-        todo: positions of the steps that must run.
-        done: the output is there and is what this run would write.
-        conflict: why the output must not be written; empty when nothing stands in the way.
-        footer: of the file whose columns are carried over (the output itself when done or in place).
-        rows: rows of the finished output, or of the table that will be read; None when not known.
-    """
-
-    todo: tuple[int, ...]
-    done: bool = False
-    conflict: str = ""
-    footer: Footer = field(default_factory=Footer)
-    rows: int | None = None
-
-
-@dataclass(frozen=True)
-class Look:
-    """What lies on disk for one shard, from footers and file sizes: read once, judged as often as needed.
-
-    Attributes:
-        fingerprint: of the samples.
-        target: schema of the output file, None when there is none.
-        target_rows: its rows.
-        table, table_rows: the same of the table that a new output starts from; its schema is not read where
-            size and mtime (or etag) say that the output was made from it.
-        damaged: why the output file cannot be read, where there is one that cannot.
-    """
-
-    fingerprint: dict[str, Any]
-    target: pa.Schema | None = None
-    target_rows: int | None = None
-    table: pa.Schema | None = None
-    table_rows: int | None = None
-    damaged: str = ""
-
-
-def look(job: ShardJob, shard: Shard) -> Look:
-    """Read a shard's footers. A table that cannot be read counts as absent: the run of the shard says why."""
-    damaged = ""
-    target: tuple[pa.Schema | None, int | None] = (None, None)
-    try:
-        target = _schema_and_rows(job.target(shard), job)
-    except SourceError as error:
-        damaged = str(error)
-    table: tuple[pa.Schema | None, int | None] = (None, None)
-    path = shard.table_path()
-    if job.output is not None and path is not None:
-        made_from = Footer.of(target[0]).table if target[0] is not None else {}
-        if made_from and made_from == {"rows": made_from.get("rows"), **(_stored(path, job) or {})}:
-            # The very table that the output was made from: its rows are known.
-            table = None, made_from["rows"]
-        else:
-            table = _table_of(path, job)
-    return Look(shard.fingerprint(), *target, *table, damaged)
-
-
-def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | None = None) -> Survey:
-    """Decide from footers alone what a shard needs; reads no rows and no images."""
-    seen = seen or look(job, shard)
-    there = seen.target
-    if job.output is None:
-        found = _status(there, job, seen)
-        conflict = found.conflict or _unusable(there, job, job.target(shard))
-        footer = Footer() if there is None else Footer.of(there)
-        if there is not None and not conflict and footer.counts.get("read", seen.target_rows) != seen.target_rows:
-            # Somebody added or removed rows and kept our footer: all rows are worked on again.
-            return Survey(tuple(range(len(job.steps))), False, "", footer, seen.target_rows)
-        done = there is not None and not found.todo and not conflict
-        return Survey(found.todo, done, conflict, footer, seen.target_rows)
-
-    table = shard.table_path()
-    if there is not None:
-        footer, options = Footer.of(there), job.output_options(limit)
-        found = _status(there, job, seen)
-        written_from, now = footer.table.get("rows"), None if table is None else seen.table_rows
-        # An output without a table behind it has the rows of its own that a table made since may have, too.
-        same_rows = now == (footer.counts.get("read") if written_from is None and table is not None else written_from)
-        # A limited run writes whole shards as any run does; only the last one is cut.
-        whole = {name: value for name, value in options.items() if name != "limit"}
-        finished = footer.output in (options, whole) and not found.todo and not found.conflict and same_rows
-        if finished and not (job.overwrite and shard.by_position and _not_found(footer)):
-            return Survey((), True, "", footer, seen.target_rows)
-    if table is not None and _same_file(job.target(shard), table, job):
-        return Survey(
-            (), False, "is the dataset's own table; leave the output path out to add columns to it, or choose another"
-        )
-    if seen.damaged and not job.overwrite:
-        return Survey((), False, f"cannot be read and would be replaced ({seen.damaged})")
-    if there is not None and not job.overwrite and "limit" not in footer.output:
-        if not footer.output:
-            why = "the file is already there and is not an output of curator-embed"
-        elif found.conflict:
-            why = found.conflict
-        elif footer.output != options:
-            why = f"was written with other options ({footer.output} there, {options} now)"
-        elif not same_rows:
-            before, after = ("no table" if rows is None else f"a table of {rows} rows" for rows in (written_from, now))
-            why = f"was written from {before}, and there is {after} now"
-        else:
-            why = (
-                f"{LACKS_COLUMNS} the new columns. To add them, leave the output path out and name that folder as the "
-                f"one of the tables: metadata_path='{redact(str(job.output))}'"
-            )
-        return Survey((), False, why, footer, seen.target_rows)
-
-    if table is None:
-        return Survey(tuple(range(len(job.steps))))
-    source, rows = (seen.table, seen.table_rows) if seen.table is not None else _table_of(table, job)
-    _check_selected(source, job, table)
-    found = _status(source, job, seen)
-    in_table = f"{found.conflict}, in the table {redact(table)}" if found.conflict else ""
-    conflict = in_table or _unusable(source, job, table)
-    # Columns that are already right in the input are copied, not computed again.
-    return Survey(found.todo, False, conflict, Footer() if source is None else Footer.of(source), rows)
-
-
-def _not_found(footer: Footer) -> bool:
-    """Whether images were missing that may be there now: a list says where to look, and nobody looked again."""
-    return bool({Reason.NOT_FOUND, Reason.READ_ERROR} & set(footer.counts.get("reasons", {})))
-
-
-def _status(schema: pa.Schema | None, job: ShardJob, seen: Look) -> Status:
-    return status(schema, job.steps, seen.fingerprint, overwrite=job.overwrite, recipes=job.recipes)
-
-
-def _schema_and_rows(path: str, job: ShardJob) -> tuple[pa.Schema | None, int | None]:
-    try:
-        with Location.of(path, job.storage_options).open_parquet() as parquet:
-            return parquet.schema_arrow, parquet.metadata.num_rows
-    except FileNotFoundError:
-        return None, None
-
-
-def _table_of(path: str, job: ShardJob) -> tuple[pa.Schema | None, int | None]:
-    with suppress(SourceError):
-        return _schema_and_rows(path, job)
-    return None, None
-
-
-def _stored(path: str, job: ShardJob) -> dict[str, Any] | None:
-    with suppress(SourceError):
-        return fingerprint(path, job.storage_options)
-    return None
-
-
-def _same_file(one: str, other: str, job: ShardJob) -> bool:
-    a, b = (Location.of(path, job.storage_options) for path in (one, other))
-    if a.is_local and b.is_local:
-        return os.path.realpath(a.path) == os.path.realpath(b.path)
-    return type(a.fs) is type(b.fs) and a.path == b.path
-
-
-LACKS_COLUMNS = "is already there, without"
-"""Marks a conflict that overwriting would mend at the cost of the columns that are there."""
-
-TO_PAIR_BY = "to pair rows and images by"
-"""Marks a conflict that overwriting cannot mend."""
-
-
-def _unusable(schema: pa.Schema | None, job: ShardJob, path: str) -> str:
-    """Why a table cannot be worked on as asked; empty when it can."""
-    if schema is None:
-        return ""
-    if job.id_col not in schema.names:
-        there = ", ".join(schema.names[:12])
-        return f"{path}: no column '{job.id_col}' {TO_PAIR_BY}; choose one with id_col= (it has: {there})"
-    ours = Footer.of(schema).columns
-    if job.steps and not job.overwrite and ERROR_COLUMN in schema.names and ERROR_COLUMN not in ours:
-        return f"column '{ERROR_COLUMN}' is already there and does not say what made it"
-    return ""
-
-
-def _check_selected(schema: pa.Schema | None, job: ShardJob, path: str) -> None:
-    if schema is None or job.select is None:
-        return
-    made = {ERROR_COLUMN, *(name for step in job.steps for name in step.columns())}
-    missing = [name for name in job.select if name not in schema.names and name not in made]
-    if missing:
-        raise UsageError(
-            f"columns= names {', '.join(missing)}: not in {path}, and made by no step (it has: "
-            f"{', '.join(schema.names[:12])})"
-        )
 
 
 @dataclass
@@ -695,28 +397,14 @@ class ShardRun:
             step = self.job.steps[position]
             for name, kind in step.columns().items():
                 if position in own:
-                    by_row = self._own_vectors(own[position], sample_of_row)
-                    columns[name] = NewColumn(kind, _own_slice(by_row, kind))
+                    columns[name] = NewColumn(kind, own_values(own[position], self.keys, sample_of_row, kind))
                 elif isinstance(step, BatchStep):
-                    columns[name] = NewColumn(kind, _vector_slice(opened, position, sample_of_row, kind))
+                    columns[name] = NewColumn(kind, embedded_values(opened, position, sample_of_row, kind))
                 else:
-                    columns[name] = NewColumn(kind, _value_slice(opened, position, name, sample_of_row, kind))
+                    columns[name] = NewColumn(kind, image_values(opened, position, name, sample_of_row, kind))
         codes = pa.array(errors, pa.string())
         columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: codes.take(pa.array(rows)))
         return columns
-
-    def _own_vectors(self, found: dict[str, list[np.ndarray]], sample_of_row: np.ndarray) -> list[np.ndarray | None]:
-        taken: Counter[str] = Counter()
-        by_row: list[np.ndarray | None] = []
-        for ordinal in sample_of_row:
-            if ordinal < 0:
-                by_row.append(None)
-                continue
-            key = self.keys[ordinal]
-            vectors, k = found.get(key, []), taken[key]
-            by_row.append(vectors[k] if k < len(vectors) else None)
-            taken[key] += 1
-        return by_row
 
     def _footer(self, row_ids: Sequence[str | None]) -> Footer:
         samples = {**self.fingerprint, "ids": ids_digest(row_ids)}
@@ -735,41 +423,9 @@ class ShardRun:
         columns[ERROR_COLUMN] = {"recipe": {"step": "image_error"}, "samples": samples}
         table: dict[str, Any] = {}
         if self.job.output is not None and (path := self.shard.table_path()) is not None:
-            table = {"rows": len(self.table.ids), **(_stored(path, self.job) or {})}
+            table = {"rows": len(self.table.ids), **(table_fingerprint(path, self.job) or {})}
         return Footer(columns, self.report.counts(), self.job.output_options(self.limit), self.job.id_col, table)
 
 
 def _reads_itself(step: Step) -> bool:
     return bool(getattr(step, "reads_own_shards", False))
-
-
-def _vector_slice(opened: OpenShard, position: int, sample_of_row: np.ndarray, kind: pa.DataType) -> Any:
-    def values(rows: np.ndarray) -> pa.Array:
-        vectors, present = opened.vectors[position].gather(sample_of_row[rows])
-        return vectors_to_list_array(vectors, present, kind.value_type)
-
-    return values
-
-
-def _own_slice(by_row: list[np.ndarray | None], kind: pa.DataType) -> Any:
-    dtype = kind.value_type.to_pandas_dtype()
-
-    def values(rows: np.ndarray) -> pa.Array:
-        present = np.array([by_row[row] is not None for row in rows], dtype=bool)
-        some = [np.asarray(by_row[row], dtype) for row in rows if by_row[row] is not None]
-        vectors = np.zeros((len(rows), len(some[0]) if some else 0), dtype)
-        if some:
-            vectors[present] = np.stack(some)
-        return vectors_to_list_array(vectors, present, kind.value_type)
-
-    return values
-
-
-def _value_slice(opened: OpenShard, position: int, name: str, sample_of_row: np.ndarray, kind: pa.DataType) -> Any:
-    found = opened.values[position]
-
-    def values(rows: np.ndarray) -> pa.Array:
-        cells = (found.get(int(ordinal)) for ordinal in sample_of_row[rows])
-        return pa.array([None if cell is None else cell.get(name) for cell in cells], kind)
-
-    return values

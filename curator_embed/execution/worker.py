@@ -23,10 +23,11 @@ from distributed import Worker, get_worker
 from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.engines import CpuEngine, DaliEngine
 from curator_embed.execution.group import run_group
+from curator_embed.execution.job import ShardJob, ShardReport
 from curator_embed.execution.output import Location
 from curator_embed.execution.pipeline import DecodeEngine, Pipeline, PipelineClosed, StageClock
 from curator_embed.execution.provenance import ERROR_COLUMN
-from curator_embed.execution.shard_run import ShardJob, ShardReport, ShardRun
+from curator_embed.execution.shard_run import ShardRun
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep
 

@@ -15,9 +15,9 @@ from distributed.scheduler import KilledWorker
 
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.execution import driver, shard_run
+from curator_embed.execution.job import ShardReport
 from curator_embed.execution.output import write_table
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.shard_run import ShardReport
 from curator_embed.execution.worker import TaskReport
 from curator_embed.steps import BatchModel
 from tests.rows import assert_embedded, table_rows, tar_images

@@ -1,0 +1,122 @@
+"""What a run does to every shard, and what became of one: what driver, workers and shard runs tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from curator_embed.errors import UsageError
+from curator_embed.execution.provenance import Footer, counted
+from curator_embed.sources.shard import Note, Shard
+from curator_embed.steps import Step
+
+OnError = Literal["keep", "drop", "raise"]
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What a run does to every shard. Picklable, small, the same for all workers.
+
+    Attributes:
+        steps: settled steps, in the order their columns are written.
+        id_col: the dataset's id column.
+        output: folder of a new dataset, or None to add columns in place.
+        select: the input's columns a new dataset gets (None: all).
+        on_error: what happens to rows without an embedding.
+        overwrite: replace columns that came from elsewhere or were made another way.
+        engine: which decode engine ("cpu": Pillow; "dali": DALI, on ``device``).
+        device: where the models run, as torch names it.
+        decode_threads: decode threads a worker.
+        model_threads: the forward pass's own threads on a CPU.
+        storage_options: for fsspec.
+        must_see: files on local disks that a worker must find at these paths, or it is on another disk.
+        not_needed: positions of steps whose columns every shard has already; their models are not loaded.
+    """
+
+    steps: tuple[Step, ...]
+    id_col: str
+    output: str | None
+    select: tuple[str, ...] | None = None
+    on_error: OnError = "keep"
+    overwrite: bool = False
+    engine: str = "cpu"
+    device: str = "cpu"
+    decode_threads: int = 4
+    model_threads: int | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    must_see: tuple[str, ...] = ()
+    not_needed: frozenset[int] = frozenset()
+
+    @cached_property
+    def recipes(self) -> tuple[dict[str, Any], ...]:
+        """What counts of the steps' recipes; asking a step costs more than reading a footer."""
+        return tuple(counted(step.recipe()) for step in self.steps)
+
+    def target(self, shard: Shard) -> str:
+        """Where the shard's parquet goes."""
+        if self.output is not None:
+            return f"{self.output.rstrip('/')}/{shard.name}.parquet"
+        table = shard.table_path()
+        if table is not None:
+            return table
+        own = shard.own_table()
+        if own is None:
+            raise UsageError(f"shard {shard.name} has no table to add columns to; give an output path")
+        return own
+
+    def output_options(self, limit: int | None = None) -> dict[str, Any]:
+        """How rows and columns were chosen, for the footer: it tells apart outputs of different runs."""
+        if self.output is None:
+            return {}
+        options: dict[str, Any] = {"on_error": "drop" if self.on_error == "drop" else "keep"}
+        if self.select is not None:
+            options["columns"] = list(self.select)
+        if limit is not None:
+            options["limit"] = limit
+        return options
+
+
+@dataclass
+class ShardReport:
+    """What became of one shard's rows; sums up to the run's report."""
+
+    shard: str
+    read: int = 0
+    embedded: int = 0
+    failed: int = 0
+    no_image: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    skipped: bool = False
+    images_without_row: int = 0
+    notes: list[Note] = field(default_factory=list)
+    examples: list[tuple[str, str]] = field(default_factory=list)
+    exceptions: list[str] = field(default_factory=list)
+    decoders: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    queues: dict[str, dict[str, float]] = field(default_factory=dict)
+    fault: str = ""
+
+    @classmethod
+    def of_finished(cls, shard: str, footer: Footer) -> ShardReport:
+        """The report of a shard that an earlier run finished, from its footer."""
+        counts = footer.counts
+        report = cls(shard, skipped=True, reasons=dict(counts.get("reasons", {})))
+        report.read, report.embedded = counts.get("read", 0), counts.get("embedded", 0)
+        report.failed, report.no_image = counts.get("failed", 0), counts.get("no_image", 0)
+        return report
+
+    def counts(self) -> dict[str, Any]:
+        """The part that is stored in the footer, so that a resumed run can account for this shard."""
+        return {
+            "read": self.read,
+            "embedded": self.embedded,
+            "failed": self.failed,
+            "no_image": self.no_image,
+            "reasons": dict(sorted(self.reasons.items())),
+        }
+
+
+class FailedRows(UsageError):
+    """``on_error="raise"`` met rows that failed; the shard was not written."""

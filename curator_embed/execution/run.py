@@ -409,7 +409,7 @@ def _keep(report: RunReport, folder: Location) -> None:
 
 
 def _raise_for(report: RunReport) -> None:
-    faults = [(shard, kind, why) for shard, fault in report.faults.items() for kind, why in [fault_parts(fault)]]
+    faults = [(shard, *fault_parts(fault)) for shard, fault in sorted(report.faults.items())]
     rows = [why for _, kind, why in faults if kind == FAILED_ROWS]
     if rows:
         raise RowsFailed("rows failed, under on_error='raise'", report, rows[0])

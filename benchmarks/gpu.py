@@ -3,7 +3,8 @@
     python -m benchmarks.gpu [--photos FOLDER] [--budget 450] [--output gpu.json]
 
 1. ceilings: decode only (DALI alone, its options swept) and forward only (bf16, eager, compiled, CUDA graphs).
-2. product: ``save_metadata`` from tars to parquet, its share of the smaller ceiling, and where the time went.
+2. product: ``save_metadata`` from tars to parquet, its share of the smaller ceiling once it is under way (loading the
+   model and starting the decoder take longer than so few images), and where the time went.
 3. parity: embeddings of DALI's pixels and of timm's own transform, model by model.
 4. bad: the product with 1 % and 10 % bad images, and with formats that only Pillow reads.
 5. frames: ``get_client("gpu")`` with cuDF, saved, read back, compared with the CPU engine.
@@ -19,6 +20,7 @@ import io
 import json
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -27,6 +29,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,7 +47,9 @@ from curator_embed.decoding.pillow import decode
 from curator_embed.decoding.reference import timm_transform
 from curator_embed.decoding.spec import PreprocessSpec, openai_spec
 from curator_embed.embedders import TimmImageEmbedder
+from curator_embed.embedders.cuda_graph import CapturedForward
 from curator_embed.embedders.forward import prefers_channels_last
+from curator_embed.execution.worker import PipelineKeeper
 
 MODELS = {"ViT-B/32": 1024, "RN50x4": 512, "ViT-L/14": 512}
 """The three whose figures others have published, and the batch size of each."""
@@ -115,27 +120,21 @@ def decode_rate(images: Sequence[bytes], device: str, threads: int, seconds: flo
     admitted = [image for data in images if (image := decoder.admit(data))]
     size = settings["batch_size"]
     chunks = [[admitted[(at + n) % len(admitted)] for n in range(size)] for at in range(0, len(admitted), size)]
-    done, lock = [0], threading.Lock()
-    ends = float("inf")
 
-    def work(number: int) -> None:
-        turn = number
+    def work(number: int) -> int:
+        turns = 0
         while time.perf_counter() < ends:
-            made = decoder.decode(chunks[turn % len(chunks)])
-            turn += 1
-            with lock:
-                done[0] += len(made)
+            decoder.decode(chunks[(number + turns) % len(chunks)])
+            turns += 1
+        return turns * size
 
     decoder.decode(chunks[0])  # first use allocates
     decoder.decode(chunks[-1])
     start = time.perf_counter()
     ends = start + seconds
-    workers = [threading.Thread(target=work, args=(n,)) for n in range(settings["lanes"] + 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return done[0] / (time.perf_counter() - start)
+    with ThreadPoolExecutor() as pool:
+        done = sum(pool.map(work, range(settings["lanes"] + 1)))
+    return done / (time.perf_counter() - start)
 
 
 def forward_rate(name: str, batch: int, device: str, mode: str, seconds: float) -> float:
@@ -144,21 +143,26 @@ def forward_rate(name: str, batch: int, device: str, mode: str, seconds: float) 
     model = embedder.load_embedding_model(device).eval()
     layout = torch.channels_last if prefers_channels_last(model) else torch.contiguous_format
     model = model.to(memory_format=layout)
-    forward: Any = model
     if mode == "compiled":
-        forward = torch.compile(model, dynamic=False)
-    elif mode == "CUDA graphs":
-        forward = torch.compile(model, dynamic=False, mode="reduce-overhead")
+        model = torch.compile(model, dynamic=False)
     values = torch.randn(batch, 3, *embedder.spec.output, device=device).to(memory_format=layout)
     kind = torch.device(device).type
-    with torch.inference_mode(), torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+
+    def forward(values: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            vectors: torch.Tensor = model(values)
+            return vectors
+
+    with torch.inference_mode():
+        run = CapturedForward(forward, values) if mode == "CUDA graphs" else forward
         for _ in range(3):
-            forward(values)
+            run(values)
         _synchronise(device)
         start, passes = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
-            forward(values)
-            passes += 1
+            for _ in range(2):  # one is launched while the other computes, as in a run
+                run(values)
+            passes += 2
             _synchronise(device)
     return batch * passes / (time.perf_counter() - start)
 
@@ -171,26 +175,68 @@ def _synchronise(device: str) -> None:
 # --- 2. the product -----------------------------------------------------------------------------
 
 
-def product(source: Path, name: str, batch: int, device: str, threads: int) -> dict[str, Any]:
-    """``save_metadata`` of a webdataset; the run's own report, shortened."""
+def product(source: Path, name: str, batch: int, device: str, threads: int, **options: Any) -> dict[str, Any]:
+    """``save_metadata`` of a webdataset; the run's own report, shortened, and its rate once it was under way."""
     with tempfile.TemporaryDirectory() as output, get_client("cpu") as client:
         embedder = TimmImageEmbedder(
-            name, batch_size=batch, num_threads_per_worker=threads, device=device, decoder="dali", compile=False
+            name,
+            batch_size=batch,
+            num_threads_per_worker=threads,
+            device=device,
+            decoder="dali",
+            **{"compile": False, **options},
         )
         dataset = embedder(ImageTextPairDataset.from_webdataset(str(source), id_col="key"))
-        report = dataset.save_metadata(output, progress=False)
+        (worker,) = client.cluster.workers.values()
+        with Steady(PipelineKeeper.of(worker)) as steady:
+            report = dataset.save_metadata(output, progress=False)
         client.cluster.close()
     found = report.to_dict()
-    return {key: found[key] for key in ("images_per_second", "wall_seconds", "read", "embedded", "failed", "reasons",
-                                        "decoders", "time", "notes")}  # fmt: skip
+    return {
+        "steady_images_per_second": steady.rate(),
+        **{key: found[key] for key in ("images_per_second", "wall_seconds", "read", "embedded", "failed", "reasons",
+                                       "decoders", "time", "notes")},
+    }  # fmt: skip
+
+
+class Steady:
+    """Watches the images that come out of a worker's pipeline, for the rate between its first batches and its last."""
+
+    EVERY_S = 0.02
+
+    def __init__(self, keeper: PipelineKeeper) -> None:
+        self._keeper, self._seen = keeper, [(time.perf_counter(), 0)]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Steady:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.EVERY_S):
+            count = sum(pipeline.images for pipeline in self._keeper.pipelines())
+            if count > self._seen[-1][1]:
+                self._seen.append((time.perf_counter(), count))
+
+    def rate(self) -> float | None:
+        """Images a second after the first fifth of them; None of a run too short to tell."""
+        last, total = self._seen[-1]
+        began, before = next((seen for seen in self._seen if seen[1] >= total / 5), self._seen[-1])
+        return round((total - before) / (last - began), 2) if last > began else None
 
 
 @contextmanager
 def dataset_of(images: Sequence[bytes], count: int) -> Iterator[Path]:
     """``count`` images, repeating what there is, as webdataset shards; in memory where there is room."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        repeated = [images[n % len(images)] for n in range(count)]
+    repeated = [images[n % len(images)] for n in range(count)]
+    memory, needed = Path("/dev/shm"), 1.1 * sum(map(len, repeated)) + 2048 * count
+    in_memory = memory.is_dir() and shutil.disk_usage(memory).free > needed
+    with tempfile.TemporaryDirectory(dir=memory if in_memory else None) as folder:
         yield write_shards(Path(folder), repeated, per_shard=1000)
 
 
@@ -333,21 +379,19 @@ def table(bench: Bench) -> str:
     for name in MODELS:
         rates = [results.get("forward", {}).get(f"{name} {mode}") for mode in ("eager", "compiled", "CUDA graphs")]
         made = results.get("product", {}).get(name) or {}
-        rate = made.get("images_per_second")
+        rate = made.get("steady_images_per_second")
         shown = [f"{value:,.0f}" if isinstance(value, float) else "-" for value in (*rates, rate)]
         ceiling = min((v for v in (rates[0], default) if isinstance(v, float) and v), default=None)
         ratio = f"{rate / ceiling:.0%}" if rate and ceiling else "-"
         idle = f"{made['time']['idle'] / made['wall_seconds']:.0%}" if rate else "-"
         lines.append(f"{name:<12}" + "".join(f"{value:>10}" for value in shown) + f"{ratio:>12}{idle:>7}")
     bad = results.get("bad", {})
-    clean = [
-        bad[name]["images_per_second"] for name in ("clean", "clean again") if "images_per_second" in bad.get(name, {})
-    ]
+    rates_of = {name: made.get("steady_images_per_second") for name, made in bad.items()}
+    clean = [rate for name, rate in rates_of.items() if name.startswith("clean") and rate]
     if clean:
         lines.append("")
-        for name, made in bad.items():
-            if "images_per_second" in made:
-                rate = made["images_per_second"]
+        for name, rate in rates_of.items():
+            if rate:
                 lines.append(f"{name:<28}{rate:>10,.0f} images/s  {rate / statistics.mean(clean):.2f} of clean")
     worst = [made["min_cosine"] for made in results.get("parity", {}).values() if "min_cosine" in made]
     if worst:
@@ -389,12 +433,17 @@ def main() -> None:
             2 * seconds,
             lambda n=name, b=batch: forward_rate(n, b, device, "eager", seconds),
         )
+    fastest = next(iter(models.items()))
     with dataset_of(images, options.images) as source:
         for name, batch in models.items():
             bench.measure("product", name, 20, lambda n=name, b=batch: product(source, n, b, device, threads))
+        if device.startswith("cuda"):
+            bench.measure(
+                "product", f"{fastest[0]} CUDA graphs", 20,
+                lambda: product(source, *fastest, device, threads, cuda_graphs=True),
+            )  # fmt: skip
     for name in FAMILIES:
         bench.measure("parity", name, 8, lambda n=name: parity(n, images[:64], device))
-    fastest = next(iter(models.items()))
     kinds: dict[str, Callable[[], Sequence[bytes]]] = {
         "clean": lambda: images,
         "1 % bad": lambda: spoiled(images, 0.01),

@@ -187,15 +187,15 @@ def embed(
     image is missing or broken are kept, with the reason in the column image_error. A run that was interrupted
     goes on where it stopped when the same command is given again.
     """
-    from curator_embed.embedders import TimmImageEmbedder
-
     measured = _column_steps(hash or [], hash_size, properties)
     wanted = _models(model, column)
     files = _weights(weights or [], [name for _, name in wanted])
     where.check()
     if pretrained and files:
         raise UsageError("--pretrained downloads weights and --weights names a file; give one of them")
-    pending = source.open(src, output=output, batch_size=batch_size)  # first: a wrong path shows before models load
+    pending = source.open(src, output=output, batch_size=batch_size)  # first: a wrong path shows before torch is there
+    from curator_embed.embedders import TimmImageEmbedder
+
     for name, into in wanted:
         embedder = TimmImageEmbedder(
             name,
@@ -334,9 +334,9 @@ def certify(
 
     Exit status 0 when they agree as promised (at most 2 grey levels and cosine >= 0.9999), else 3.
     """
+    dataset = source.open(src)
     from curator_embed.embedders import TimmImageEmbedder
 
-    dataset = source.open(src)
     embedder = TimmImageEmbedder(model, pretrained=pretrained, weights=weights, image_size=image_size)
     report = embedder.certify(dataset.first_images(images))
     typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))

@@ -461,6 +461,22 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert best < 2, "under a second on a quiet machine"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("embed", "nowhere.txt", "--model", "x"),
+        ("embed", "nowhere", "--model", "x", "--model", "y"),
+        ("certify", "nowhere", "--model", "x"),
+    ],
+)
+def test_a_wrong_path_is_told_before_torch_is_loaded(arguments: tuple[str, ...]) -> None:
+    code = f"import sys; from curator_embed.cli import main\ntry: main({list(arguments)!r})\n" + (
+        "except SystemExit as ended: sys.exit('torch' if 'torch' in sys.modules else ended.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+
+
 # -- stopping --------------------------------------------------------------------------------
 
 SHARDS = 100

@@ -20,7 +20,7 @@ from curator_embed.decoding.geometry import Axis, Plan, Size, plan
 from curator_embed.decoding.header import size_for_dali
 from curator_embed.decoding.pillow import DEFAULT_LIMITS, Limits
 from curator_embed.decoding.spec import PreprocessSpec
-from curator_embed.errors import MissingExtra
+from curator_embed.errors import CuratorEmbedError, MissingExtra
 
 MAX_PIXELS = 1 << 26
 """Largest image, decoded or resized, that DALI is given; beyond it one picture would weigh as much as a batch."""
@@ -142,6 +142,7 @@ class DaliDecoder:
 
     Raises:
         MissingExtra: DALI is not installed.
+        CuratorEmbedError: it does not start on the device.
     """
 
     def __init__(
@@ -161,9 +162,15 @@ class DaliDecoder:
         self.honour_exif, self.limits = honour_exif, limits
         graph = _Graph(self.specs, self.device, batch_size, threads, honour_exif, hw_decoder_load, fancy_upsampling)
         self._lanes: queue.Queue[_Lane] = queue.Queue()
-        for _ in range(lanes):
-            self._lanes.put(_Lane(graph))
-        self._stream = _copy_stream(self.device)
+        try:
+            for _ in range(lanes):
+                self._lanes.put(_Lane(graph))
+            self._stream = _copy_stream(self.device)
+        except RuntimeError as error:
+            raise CuratorEmbedError(
+                f"DALI does not start on the device '{device}': {str(error).strip()}. Without DALI goes decoder='cpu'; "
+                "'curator-embed doctor' says what is missing"
+            ) from error
 
     def admit(self, encoded: bytes) -> Admitted | None:
         """Plan an image from its header; None where Pillow shall decode it, or say what is wrong with it."""

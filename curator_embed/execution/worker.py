@@ -13,7 +13,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,9 +140,10 @@ def _close(pipelines: list[Pipeline]) -> None:
         pipelines.pop().close()
     torch, dali = sys.modules.get("torch"), sys.modules.get("nvidia.dali.backend")
     if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-        if dali is not None:
-            dali.ReleaseUnusedMemory()
+        with suppress(RuntimeError):  # a device that an error has broken has nothing to give
+            torch.cuda.empty_cache()
+            if dali is not None:
+                dali.ReleaseUnusedMemory()
 
 
 _frames = FramePipelines()

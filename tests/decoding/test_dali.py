@@ -26,7 +26,7 @@ from curator_embed.decoding.reference import transform_of
 from curator_embed.decoding.spec import PreprocessSpec, openai_spec
 from curator_embed.embedders import TimmImageEmbedder
 from curator_embed.embedders.lite0 import MODEL, efficientnet_lite0_weights
-from curator_embed.errors import ImageError, MissingExtra
+from curator_embed.errors import CuratorEmbedError, ImageError, MissingExtra
 
 MEAN, STD = (0.5,) * 3, (0.5,) * 3
 SPECS = {
@@ -262,6 +262,12 @@ def test_without_dali_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(MissingExtra, match=r"'curator-embed\[cuda13\]' or 'curator-embed\[cuda12\]'"):
         decoder(SPECS["timm"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to start on")
+def test_without_a_gpu_the_error_says_how_to_go_on() -> None:
+    with pytest.raises(CuratorEmbedError, match=r"does not start on the device 'cuda:0': .*decoder='cpu'"):
+        decoder(SPECS["timm"], device="cuda:0")
 
 
 # --- a pipeline that fails ----------------------------------------------------------------------

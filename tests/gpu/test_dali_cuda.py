@@ -175,6 +175,23 @@ def test_a_run_on_the_gpu_equals_one_on_the_cpu(tmp_path: Path, source: Path) ->
     assert columns[0] == columns[1]
 
 
+def test_a_recorded_model_gives_the_same_and_all_memory_comes_back(tmp_path: Path, source: Path) -> None:
+    with get_client("cpu") as client:
+        before = torch.cuda.memory_allocated()
+        reports = {
+            name: save(source, tmp_path / name, "cuda", cuda_graphs=graphs)
+            for name, graphs in (("plain", False), ("graphs", True))
+        }
+        after = torch.cuda.memory_allocated()
+        client.cluster.close()
+    assert reports["graphs"].to_dict()["notes"] == reports["plain"].to_dict()["notes"]
+    assert after <= before + (16 << 20), "models and buffers go with their run"
+    (_, ours), (_, theirs) = (load_embeddings(str(tmp_path / name)) for name in reports)
+    there = np.linalg.norm(np.nan_to_num(theirs), axis=1) > 0
+    assert there.sum() == 299
+    assert (ours * theirs).sum(axis=1)[there].min() >= 0.9999
+
+
 def test_pillow_can_feed_the_gpu_too(tmp_path: Path, source: Path) -> None:
     with get_client("cpu") as client:
         report = save(source, tmp_path / "pillow", "cuda", decoder="cpu")

@@ -88,6 +88,7 @@ def _close_pool(pool: tuple[int, int]) -> None:
     streams used is never given back from then on.
     """
     memory: Any = torch.cuda.memory
-    with suppress(Exception):  # raised where torch has cleaned up itself
-        memory._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+    end = getattr(memory, "_cuda_endAllocateToPool", None) or memory._cuda_endAllocateCurrentStreamToPool  # torch 2.7
+    with suppress(RuntimeError):  # raised where torch has cleaned up itself
+        end(torch.cuda.current_device(), pool)
         memory._cuda_releasePool(torch.cuda.current_device(), pool)

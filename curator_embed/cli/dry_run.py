@@ -72,7 +72,7 @@ def describe(dataset: ImageTextPairDataset, output: str | None, *, limit: int | 
     plan = dataset.plan(output, limit=limit, overwrite=overwrite)
     todo = plan.todo
     speed = None
-    if todo:
+    if todo and len(plan.job.not_needed) < len(plan.job.steps):  # else columns that are there are copied
         images = dataset.like([plan.shards[todo[0]]], ()).first_images(TIMED_IMAGES)
         # An eager model is a safe lower bound: compiling takes longer than this measurement.
         job = dataclasses.replace(plan.job, steps=tuple(_eager(step) for step in plan.job.steps))
@@ -99,7 +99,7 @@ def _eager(step: Any) -> Any:
 def _images_per_second(job: Any, images: list[bytes]) -> float:
     """Run images through a pipeline of their own, twice: the first time warms up."""
     pipeline = build_pipeline(job)
-    wanted = range(len(job.steps))
+    wanted = [position for position in range(len(job.steps)) if position not in job.not_needed]
     try:
         rates = []
         for part in (images[:16], images):

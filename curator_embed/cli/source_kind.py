@@ -49,11 +49,11 @@ def detect(src: str, storage_options: dict[str, Any], *, outputs: bool = False) 
         return SourceKind.path_list
     if ending == ".parquet":
         return SourceKind.parquet if _holds_images(src, storage_options) else SourceKind.webdataset
-    if ending == ".tar" or any(c in src for c in "*?[{"):
-        return SourceKind.webdataset
     shown = files.redact(src)
     if ending[1:] in IMAGE_EXTENSIONS:
         raise UsageError(f"{shown}: images are given by their folder, or by a list of their paths")
+    if ending == ".tar" or any(c in src for c in "*?[{"):
+        return SourceKind.webdataset
     if files.is_folder(src, storage_options):
         return _kind_of_folder(src, storage_options, outputs)
     if files.exists(src, storage_options):

@@ -191,9 +191,14 @@ class SourceOptions:
         if self.log_dir is None:
             yield lambda text: None
             return
-        os.makedirs(self.log_dir, exist_ok=True)
         name = self.dataset or os.path.splitext(os.path.basename(src.rstrip("/")))[0]
-        with open(os.path.join(self.log_dir, f"{name}_{self.process_index}.txt"), "a", encoding="utf-8") as file:
+        path = os.path.join(os.path.expanduser(self.log_dir), f"{name}_{self.process_index}.txt")
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            opened = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed below
+        except OSError as error:
+            raise UsageError(f"--log-dir {self.log_dir}: cannot write there ({error.strerror})") from error
+        with opened as file:
 
             def write(text: str) -> None:
                 for line in in_options(text).splitlines():

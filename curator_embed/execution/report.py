@@ -58,6 +58,7 @@ class RunReport:
         workers: Dask workers at a time, at most.
         workers_lost: Dask workers that left while the run went on.
         worker_seconds: time that workers were there, summed over them.
+        output: the folder of the parquet files; of several, the first shard's.
         images_below: the root of a path list; empty for other sources.
         settings: what was settled for the run (device, threads, compile, batch shape), per column.
         faults: shard name -> why it was set aside.
@@ -83,6 +84,7 @@ class RunReport:
     workers: int = 1
     workers_lost: int = 0
     worker_seconds: float = 0.0
+    output: str = ""
     images_below: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -199,6 +201,7 @@ class RunReport:
             "shards": self.shards,
             "images_without_row": self.images_without_row,
             "decoders": self.decoders,
+            "output": self.output,
             "images_below": self.images_below,
             "settings": self.settings,
             "notes": self.notes + ([f"... and {self.notes_left_out} more"] if self.notes_left_out else []),
@@ -227,6 +230,8 @@ class RunReport:
             lines.append(f"images with no row {self.images_without_row:>8,}")
         shards = ", ".join(f"{count:,} {state}" for state, count in self.shards.items() if count)
         lines.append(f"shards         {shards or 'none'}")
+        if self.output and self.read:
+            lines.append(f"output         {self.output}")
         if self.workers_lost:
             lines.append(f"workers        {self.workers:,} at a time, {self.workers_lost:,} lost on the way")
         if self.images_this_run:

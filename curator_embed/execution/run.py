@@ -301,6 +301,7 @@ def execute(
         notes = [*_carried_over(job, shards), *_read_elsewhere(plan, folder)]
         report = RunReport(settings=plan.settings, certificate=certificate or {}, notes=notes)
         report.images_below = shards[0].images_below
+        report.output = redact(job.output or job.target(shards[0]).rpartition("/")[0])
         started = time.perf_counter()
         with _stop_requests() as stop:
             Driver(client, plan, report, limit, stop, locks).run(progress)

@@ -330,6 +330,12 @@ def test_a_dry_run_writes_nothing(run: Run, source: Path, tmp_path: Path) -> Non
     assert told["conflicts"] == []
     assert tree(tmp_path) == before
     assert not (tmp_path / "out").exists()
+    run("embed", source, *QUICK)
+    ran = run("embed", source, *QUICK, "--output", tmp_path / "out", "--dry-run")
+    assert ran.status == 0, ran.err
+    assert "images/s" not in ran.out  # all columns are there to be copied: nothing to time
+    ran = run("embed", source, *QUICK, "--model", f"{MODEL}=second", "--output", tmp_path / "out", "--dry-run")
+    assert ran.status == 0 and "images/s" in ran.out
 
 
 def test_a_dry_run_knows_what_is_done_and_in_the_way(run: Run, source: Path, tmp_path: Path) -> None:

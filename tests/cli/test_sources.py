@@ -72,6 +72,12 @@ def test_folders_and_parquet_are_recognised(run: Run, images: Path, tmp_path: Pa
     assert list(columns(tmp_path / "out").values()) == [[column, "image_sha256", "image_error"]]
 
 
+def test_a_log_that_cannot_be_written(run: Run, images: Path) -> None:
+    ran = run("columns", images / "images", "--properties", "--log-dir", images / "list.txt")
+    assert ran.status == 2 and "--log-dir" in ran.err and "cannot write there" in ran.err
+    assert not (images / "images_metadata").exists()
+
+
 def test_info_of_a_list_and_of_a_folder(run: Run, images: Path, tmp_path: Path) -> None:
     """What there is to do, and how much of it is done, wherever the output lies."""
     opened = (images / "list.txt", "--root", images / "images", "--dataset", "laion", "--images-per-file", 4)
@@ -133,6 +139,7 @@ def test_what_no_source_is(images: Path) -> None:
         ("both", "1 image files are there, and parquet files.*--source folder or --source parquet"),
         ("texts/c.csv", "say --source path-list"),
         ("images/0.jpg", "by their folder"),
+        ("images/*.jpg", "by their folder"),
         ("nowhere", "no such file or folder"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -472,8 +472,12 @@ def main(arguments: list[str] | None = None) -> None:
         from curator_embed.execution.run import RowsFailed, RunStopped
 
         if isinstance(error, RunStopped):
+            status = 1 if isinstance(error, RowsFailed) else 3
+            if "--json" in (sys.argv[1:] if arguments is None else arguments):
+                typer.echo(error.report.to_json())
+                _complain(error, status)
             typer.echo(in_options(str(error.report)), err=True)
-            _complain(error.summary, 1 if isinstance(error, RowsFailed) else 3)
+            _complain(error.summary, status)
         _complain(error, 3)
     except SystemExit as ended:
         if ended.code != INTERRUPTED:

@@ -270,6 +270,12 @@ def test_status_3_a_broken_shard(run: Run, source: Path, tmp_path: Path) -> None
     assert ran.status == 3
     assert "00000.tar" in ran.err and "rows read" in ran.err
     assert list(table_rows(tmp_path / "out")) == pq.read_table(source / "00001.parquet")["key"].to_pylist()
+    assert ran.out == "" and ran.err.endswith("error: 1 of 2 shards could not be worked on; the others are finished\n")
+    assert ran.err.count("not a tar") == 1
+    ran = run("embed", source, *QUICK, "--output", tmp_path / "out", "--json")
+    assert ran.status == 3
+    assert json.loads(ran.out)["shards"] == {"done": 0, "skipped": 1, "failed": 1, "left": 0}
+    assert "the others are finished. 00000: " in ran.err and ran.err.count("not a tar") == 1
 
 
 def test_status_3_somebody_holds_the_output(run: Run, source: Path, tmp_path: Path) -> None:

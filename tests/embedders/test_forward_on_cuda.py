@@ -12,7 +12,7 @@ import torch
 from curator_embed.decoding.spec import PreprocessSpec
 from curator_embed.embedders.forward import ForwardOptions, ModelRunner
 from curator_embed.errors import UsageError
-from tests.embedders.simulated_cuda import NOT_WHILE_RECORDING, Race, SimulatedCuda, Stream, simulated_cuda
+from tests.simulated_cuda import NOT_WHILE_RECORDING, Event, Race, SimulatedCuda, Stream, simulated_cuda
 
 SPEC = PreprocessSpec("squash", (6, 5), (6, 5), "bilinear", (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 GRAPHS = pytest.mark.parametrize("graphs", [False, True], ids=["launched", "recorded"])
@@ -114,8 +114,6 @@ def test_submitting_waits_for_nothing_but_the_slot_before(gpu: SimulatedCuda) ->
 @pytest.mark.parametrize("left_out", ["wait_event", "record", "synchronize"])
 def test_what_keeps_batches_apart_is_needed(gpu: SimulatedCuda, monkeypatch: pytest.MonkeyPatch, left_out: str) -> None:
     """The simulation sees what is missing."""
-    from tests.embedders.simulated_cuda import Event
-
     embed = runner()
     run(embed, [4])
     monkeypatch.setattr(Stream if left_out == "wait_event" else Event, left_out, lambda *_: None)

@@ -101,11 +101,14 @@ class SimulatedCuda(TorchDispatchMode):
         graphs: recorded, or tried to.
         open_pools: of recordings that failed and that nobody closed.
         waits: how often the host waited for the device.
+        emptied: how often the allocator was told to give back what it keeps.
+        shared: per tensor that was said to be used by another stream, its storage and that stream.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.streams = self.waits = 0
+        self.streams = self.waits = self.emptied = 0
+        self.shared: list[tuple[int, Stream]] = []
         self.host = Actor("the host")
         self.default = self.current = Stream(self, "the default stream")
         self.graphs: list[Graph] = []
@@ -161,6 +164,9 @@ class SimulatedCuda(TorchDispatchMode):
             raise RuntimeError(NOT_WHILE_RECORDING)
         self.waits += 1
         self.host.learn(clock)
+
+    def empty_cache(self) -> None:
+        self.emptied += 1
 
     def is_on_device(self, tensor: torch.Tensor) -> bool:
         return _storage(tensor) in self._on_device
@@ -298,9 +304,12 @@ def simulated_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedCuda]:
         "current_stream": lambda device=None: gpu.current,
         "default_stream": lambda device=None: gpu.default,
         "current_device": lambda: 0,
-        "empty_cache": lambda: None,
+        "empty_cache": gpu.empty_cache,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda tensor, stream: gpu.shared.append((_storage(tensor), stream))
+    )
     monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", gpu.close_pool)
     monkeypatch.setattr(torch.cuda.memory, "_cuda_releasePool", lambda device, pool: None)
     with gpu, _Functions(gpu):

@@ -23,13 +23,13 @@ import numpy as np
 import pyarrow as pa
 from dask.delayed import delayed
 from distributed import as_completed
-from tqdm.auto import tqdm
 
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.output import Location, TablePlan, clear_temporaries, replacing, write_table
 from curator_embed.execution.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
+from curator_embed.execution.progress import Progress
 from curator_embed.execution.provenance import Footer
 from curator_embed.execution.run import check_writable
 from curator_embed.execution.worker import read_partition
@@ -185,7 +185,7 @@ def export(
             added,
         )
         check_writable(folder)
-        with OutputLock(folder), tqdm(total=report.kept, unit="img", disable=not progress) as bar:
+        with OutputLock(folder), Progress(report.kept, progress) as bar:
             _prepare_folder(folder, job, {f"{number:0{max_shards}d}" for number in range(len(plans))}, overwrite)
             waiting = iter(enumerate(plans))
 

@@ -24,8 +24,11 @@ def photographs(folder: Path | None = None) -> list[Image.Image]:
     if folder is not None:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     else:
-        import skimage
-        import sklearn
+        try:
+            import skimage
+            import sklearn
+        except ImportError:
+            raise SystemExit("scikit-image and scikit-learn bring photographs; without them give --photos") from None
 
         paths = [Path(skimage.__file__).parent / "data" / name for name in NAMES]
         paths += sorted((Path(sklearn.__file__).parent / "datasets" / "images").glob("*.jpg"))

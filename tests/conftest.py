@@ -10,6 +10,12 @@ REPO = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPO.parent / "shared" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Let tests run where pytest-timeout is absent, as on a bare GPU machine: unknown settings are errors."""
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds a test may take; pytest-timeout, which is not here, would see to it")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real material that lies beside a developer's checkout; skips where it is absent."""

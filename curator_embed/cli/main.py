@@ -21,6 +21,7 @@ from curator_embed import __version__
 from curator_embed.cli.cluster_options import ClusterOptions
 from curator_embed.cli.option_groups import takes_groups
 from curator_embed.cli.source_options import SourceOptions
+from curator_embed.cli.storage_options import StorageOptions
 from curator_embed.cli.wording import in_options, telling
 from curator_embed.errors import CuratorEmbedError, UsageError
 
@@ -82,9 +83,6 @@ Weights = Annotated[
 ]
 Pretrained = Annotated[bool, typer.Option("--pretrained", help="Download the model's published weights.")]
 ImageSize = Annotated[int | None, typer.Option(help="Input size in pixels, where the model's own is not wanted.")]
-StorageOptions = Annotated[
-    str | None, typer.Option(help="Options for fsspec as JSON, for instance '{\"anon\": true}' for public S3 buckets.")
-]
 Hashes = Annotated[
     list[str] | None,
     typer.Option(
@@ -360,6 +358,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command("index-tars")
+@takes_groups
 def index_tars(
     src: Annotated[
         str,
@@ -368,16 +367,16 @@ def index_tars(
             help="A folder of tars, one tar, a glob, or a range like 'data/{00000..00012}.tar'; local or a URL.",
         ),
     ],
+    where: StorageOptions,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write indexes anew that are there and fresh.")
     ] = False,
-    storage_options: StorageOptions = None,
     as_json: AsJson = False,
 ) -> None:
     """Write DALI's .idx file beside every tar: which sample lies where. Reading is faster with them."""
     from curator_embed.sources.webdataset import index_tars as write_indexes
 
-    done = write_indexes(src, overwrite=overwrite, storage_options=_options(storage_options))
+    done = write_indexes(src, overwrite=overwrite, storage_options=where.storage(src))
     if as_json:
         typer.echo(json.dumps(done, indent=2))
     else:
@@ -442,18 +441,6 @@ def _weights(given: list[str], columns: list[str]) -> dict[str, Path]:
             raise UsageError(f"--weights {text}: the model of column '{column}' has weights already")
         files[column] = Path(path)
     return files
-
-
-def _options(text: str | None) -> dict[str, Any] | None:
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UsageError(f"--storage-options is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UsageError("--storage-options must be a JSON object")
-    return value
 
 
 INTERRUPTED = 130

@@ -35,7 +35,8 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 def _options(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
+    own_first = sorted(fields(group), key=lambda item: item.name not in vars(group)["__annotations__"])
     return [
         inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=item.default, annotation=hints[item.name])
-        for item in fields(group)
+        for item in own_first
     ]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from curator_embed.cli.source_kind import SourceKind, detect
+from curator_embed.cli.storage_options import StorageOptions
 from curator_embed.cli.wording import in_options, telling
 from curator_embed.errors import UsageError
 
@@ -32,7 +32,6 @@ class KeySplit(StrEnum):
 
 
 _LIST = "Path lists: "
-_S3 = "S3: "
 
 
 class _Written(logging.Handler):
@@ -47,7 +46,7 @@ class _Written(logging.Handler):
 
 
 @dataclass(frozen=True)
-class SourceOptions:
+class SourceOptions(StorageOptions):
     """What the options about the source say; see each one's help."""
 
     source: Annotated[
@@ -97,27 +96,6 @@ class SourceOptions:
         typer.Option(min=1, help="With --inference-per-file: rows of a file are --batch-size times this times that."),
     ] = None
     inference_per_file: Annotated[int | None, typer.Option(min=1, help="See --batch-per-inference.")] = None
-    in_flight: Annotated[
-        int, typer.Option(min=1, help="Path lists and folders: remote images that are read at a time.")
-    ] = 256
-    region: Annotated[str | None, typer.Option("--region", "--region-name", help=_S3 + "the bucket's region.")] = None
-    endpoint: Annotated[str | None, typer.Option(help=_S3 + "URL of a server other than Amazon's.")] = None
-    anonymous: Annotated[bool, typer.Option("--anonymous", help=_S3 + "send no credentials (public buckets).")] = False
-    timeout: Annotated[
-        float, typer.Option(min=0.001, help="Seconds to wait for a remote answer before it is asked for again.")
-    ] = 60.0
-    retries: Annotated[
-        int, typer.Option("--retries", "--retry", min=0, help="Further attempts at a remote read, with growing pauses.")
-    ] = 5
-    http_proxy: Annotated[str | None, typer.Option(help=_S3 + "URL of the proxy for http endpoints.")] = None
-    https_proxy: Annotated[str | None, typer.Option(help=_S3 + "URL of the proxy for https endpoints.")] = None
-    no_proxy: Annotated[bool, typer.Option("--no-proxy", help=_S3 + "use no proxy, whatever the environment says.")] = (
-        False
-    )
-    storage_options: Annotated[
-        str | None,
-        typer.Option(help='Further options for fsspec as JSON, for instance \'{"token": "anon"}\' for gs://.'),
-    ] = None
     process_index: Annotated[
         int, typer.Option(min=0, help="Number of this process among those that work side by side: names its log.")
     ] = 0
@@ -135,7 +113,7 @@ class SourceOptions:
         Raises:
             UsageError: options that contradict each other or do not belong to such a source, or nothing there.
         """
-        storage = self._storage(src, output)
+        storage = self.storage(src, self.root, self.metadata, output)
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
         return self._opened(src, kind, storage, batch_size)
 
@@ -143,7 +121,7 @@ class SourceOptions:
         """What the source holds; an output of a run, which has no images, serves as well."""
         from curator_embed.datasets.describing import describe_dataset
 
-        storage = self._storage(src, None)
+        storage = self.storage(src, self.root, self.metadata)
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage, outputs=True)
         return describe_dataset(self._opened(src, kind, storage, 1), src, kind)
 
@@ -206,7 +184,7 @@ class SourceOptions:
                 file.flush()
 
             lines = f", lines {self.start_line} to {'the end' if self.end_line is None else self.end_line}"
-            write(f"begin {name}{lines if self._given('start_line', 'end_line') else ''}")
+            write(f"begin {name}{lines if self.given('start_line', 'end_line') else ''}")
             with telling(_Written(write)):
                 try:
                     yield write
@@ -223,27 +201,6 @@ class SourceOptions:
             raise UsageError("--images-per-file and --inference-per-file both say how many rows a file has; give one")
         return batch_size * (self.batch_per_inference or 1) * (self.inference_per_file or 1)
 
-    def _storage(self, src: str, output: str | None) -> dict[str, Any]:
-        from curator_embed.sources.s3 import S3Options
-
-        given = self._given("region", "endpoint", "anonymous", "http_proxy", "https_proxy", "no_proxy")
-        storage: dict[str, Any] = {}
-        if any((place or "").startswith(("s3://", "s3a://")) for place in (src, self.root, self.metadata, output)):
-            options = S3Options(**given, timeout=self.timeout, retries=self.retries, connections=self.in_flight)
-            storage.update(options)
-        elif given:
-            option = f"--{next(iter(given)).replace('_', '-')}"
-            raise UsageError(f"{option} is for buckets, and neither SRC nor --root nor --output begins with s3://")
-        if self.storage_options is not None:
-            try:
-                more = json.loads(self.storage_options)
-            except ValueError as error:
-                raise UsageError(f"--storage-options is no JSON: {error}") from None
-            if not isinstance(more, dict):
-                raise UsageError("--storage-options must be a JSON object")
-            storage |= more
-        return storage
-
     def _check(self, kind: SourceKind) -> None:
         for kinds, names in (
             ((SourceKind.path_list,), ("root", "start_line", "end_line")),
@@ -254,14 +211,9 @@ class SourceOptions:
             ((SourceKind.parquet,), ("image_col",)),
             ((SourceKind.webdataset,), ("use_index_files", "key_split")),
         ):
-            wrong = [] if kind in kinds else list(self._given(*names))
+            wrong = [] if kind in kinds else list(self.given(*names))
             if wrong:
                 option = f"--{wrong[0].replace('_', '-')}"
                 raise UsageError(
                     f"{option} is for {' and '.join(kinds)}, and this is a {kind}; say --source if it is not"
                 )
-
-    def _given(self, *names: str) -> dict[str, Any]:
-        """The options among these that differ from their defaults."""
-        defaults = {item.name: item.default for item in fields(self)}
-        return {name: value for name in names if (value := getattr(self, name)) != defaults[name]}

@@ -426,6 +426,19 @@ def test_index_tars(run: Run, source: Path) -> None:
     assert "2 indexes written" in run("index-tars", source, "--overwrite").out
 
 
+def test_index_tars_knows_the_options_of_buckets(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "curator_embed.sources.webdataset.index_tars", lambda src, **options: asked.append((src, options)) or []
+    )
+    assert run("index-tars", "s3://bucket/x", "--endpoint", "http://localhost:1", "--anonymous").status == 0
+    ((src, options),) = asked
+    assert src == "s3://bucket/x" and options["overwrite"] is False
+    assert options["storage_options"]["endpoint_url"] == "http://localhost:1" and options["storage_options"]["anon"]
+    refused = run("index-tars", source, "--endpoint", "http://localhost:1")
+    assert refused.status == 2 and "--endpoint is for buckets" in refused.err
+
+
 def test_index_tars_names_a_damaged_tar_and_indexes_the_others(run: Run, source: Path) -> None:
     (source / "00000.tar").write_bytes(b"no tar" * 500)
     ran = run("index-tars", source)

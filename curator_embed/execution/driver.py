@@ -12,30 +12,23 @@ import secrets
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from curator_embed.execution.job import ShardReport
 from curator_embed.execution.lock import OutputLock
+from curator_embed.execution.messages import Messages
 from curator_embed.execution.planning import group_shards
 from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.worker import (
-    TaskReport,
-    WorkerUnfit,
-    ask_back,
-    close_run,
-    progress_topic,
-    run_task,
-    stop_run,
-)
+from curator_embed.execution.worker import TaskReport, WorkerUnfit, progress_topic, run_task
 from curator_embed.execution.workers import WAIT_KEY, Workers, host, patience, scheduler_address
 
 if TYPE_CHECKING:
@@ -47,8 +40,6 @@ TASKS_UNDER_WAY = 2
 """Tasks handed to Dask for each of the workers' threads: one runs, one waits."""
 LOOK_EVERY_S = 1.0
 """How often the driver looks which workers there are."""
-STOP_EVERY_S = 0.2
-"""How often it is looked whether the workers must be told to stop."""
 SLOW = 2.0
 """A task that goes on for so many times what others took for as many shards, while threads have nothing to do, is slow.
 One of several shards gives back what it has not finished; what it still has after twice that time, and a shard that is
@@ -57,10 +48,6 @@ SLOW_AFTER_S = 2.0
 """No task is slow before there has been a thread with nothing to do for so long."""
 RESULT_WITHIN_S = 60.0
 """A finished task's reports are fetched from its worker in this time, or the worker has died with them."""
-TELL_WITHIN_S = 5.0
-"""A worker that has not answered a message in this time does not hold back the next one to the others."""
-CLOSE_WITHIN_S = 30.0
-"""How long workers have to let go of a run's models before the driver goes on without their word."""
 TRIES_ALONE = 3
 """Workers that must die over one shard while it has its machine to itself before it is set aside."""
 KILLS_IN_A_ROW = 10
@@ -125,6 +112,7 @@ class Driver:
         self.stop, self.locks = stop, locks
         self.run_id = secrets.token_hex(8)
         self.workers = Workers(client)
+        self.messages = Messages(client, self.run_id, self._asked_to_stop)
         self._waiting: deque[tuple[int, ...]] = deque()
         self._flights: dict[str, _Flight] = {}
         self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
@@ -142,7 +130,6 @@ class Driver:
         self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
         self._settled: set[int] = set()  # shards that are counted, whatever became of them
         self._twice: set[int] = set()  # shards that were handed out a second time while the first had them
-        self._ask_back: queue.SimpleQueue[list[str]] = queue.SimpleQueue()  # tasks whose shards are wanted back
         self._idle_since: float | None = None  # since when there are threads with nothing to do
         self._told_of_absence = False
         self._avoid: dict[int, str] = {}  # shard -> the worker that was too slow for it
@@ -166,7 +153,7 @@ class Driver:
             self.bar = bar
             self.client.subscribe_topic(topic, lambda event: bar.update(event[1]["images"]))
             try:
-                with self._talking_to_workers():
+                with self.messages.open():
                     if self.limit is None:
                         sizes = [int(self.plan.shards[p].fingerprint().get("size") or 0) for p in todo]
                         groups = group_shards(sizes, len(self.workers.threads))
@@ -183,47 +170,6 @@ class Driver:
                 self.report.workers = max(1, self.workers.most)
                 self.report.workers_lost = self.workers.lost
                 self.report.worker_seconds = self.workers.seconds
-
-    # -- talking to workers ----------------------------------------------------------------
-
-    @contextmanager
-    def _talking_to_workers(self) -> Iterator[None]:
-        """Beside the loop: pass on that the run is to stop, ask slow tasks for shards, let go of models at the end.
-
-        In a thread of its own, because a worker that hangs does not answer.
-        """
-        over = threading.Event()
-
-        def talk() -> None:
-            while not over.wait(STOP_EVERY_S):
-                if self._asked_to_stop():
-                    self._tell(stop_run, self.run_id)  # again and again: workers may be new
-                elif asked := self._asked_back():
-                    self._tell(ask_back, asked)
-            self._tell(close_run, self.run_id, CLOSE_WITHIN_S)
-
-        thread = threading.Thread(target=talk, name="talking-to-workers", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join(CLOSE_WITHIN_S)
-
-    def _asked_back(self) -> list[str]:
-        """The tasks to ask that have come together since the last time."""
-        asked: dict[str, None] = {}
-        while not self._ask_back.empty():
-            asked.update(dict.fromkeys(self._ask_back.get()))
-        return list(asked)
-
-    def _tell(self, message: Callable[..., Any], content: str | list[str], within: float = TELL_WITHIN_S) -> None:
-        """Call a function on every worker there is; what goes wrong is no reason to stop talking."""
-        try:
-            if self.client.status == "running":
-                self.client.run(message, content, on_error="ignore", callback_timeout=within)
-        except Exception as error:
-            log.debug("not every worker heard %s (%s: %s)", message.__name__, type(error).__name__, error)
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -374,7 +320,7 @@ class Driver:
             if not flight.alone and waited > patient * (1 + several):
                 stuck.append(key)
         if slow:
-            self._ask_back.put(slow)
+            self.messages.ask_back(slow)
         if stuck:
             self._try_elsewhere(stuck, threads - len(self._flights), limit)
 
@@ -497,7 +443,7 @@ class Driver:
             if self._settled.issuperset(flight.positions):
                 del self._flights[key]
                 flight.future.cancel()
-                self._ask_back.put([key])  # Dask lets it run to its end
+                self.messages.ask_back([key])  # Dask lets it run to its end
 
     def _only_here(self, flight: _Flight) -> list[int]:
         """Shards of a task that is over which are not finished and which no other task has."""

@@ -24,7 +24,7 @@ from distributed.comm import CommClosedError
 from benchmarks import failures
 from benchmarks.failures import Scene
 from curator_embed.datasets import ImageTextPairDataset, saving
-from curator_embed.execution import driver, worker, workers
+from curator_embed.execution import driver, messages, worker, workers
 from curator_embed.execution.group import run_group
 from curator_embed.execution.output import TargetChanged
 from curator_embed.execution.pipeline import Gauge, Pipeline
@@ -360,7 +360,7 @@ def test_models_of_a_run_whose_driver_died_make_room(
     nobody: LocalCluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nobody.scale(1)
-    monkeypatch.setattr(driver, "close_run", lambda run: None)  # as if it had been killed
+    monkeypatch.setattr(messages, "close_run", lambda run: None)  # as if it had been killed
     for number, seconds in enumerate((60.0, 60.0, 0.0)):
         monkeypatch.setattr(worker, "ORPHANED_AFTER_S", seconds)
         save(Counting(), source, tmp_path / f"out{number}")
@@ -666,11 +666,11 @@ def driver_of(client: Any, shards: int = 0) -> driver.Driver:
 
 
 def test_a_worker_that_hangs_does_not_keep_the_others_from_being_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "STOP_EVERY_S", 0.01)
+    monkeypatch.setattr(messages, "LOOK_EVERY_S", 0.01)
     client = Deaf()
     made = driver_of(client)
     made.stop.set()
-    with made._talking_to_workers():
+    with made.messages.open():
         wait_until(lambda: worker.stop_run in client.told)
     assert client.told[-1] is worker.close_run
 

@@ -14,7 +14,7 @@ from distributed import Client, LocalCluster, get_worker
 from distributed.scheduler import KilledWorker
 
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.execution import driver, shard_run
+from curator_embed.execution import driver, messages, shard_run
 from curator_embed.execution.job import ShardReport
 from curator_embed.execution.output import write_table
 from curator_embed.execution.report import RunReport
@@ -63,7 +63,7 @@ def write(*arguments: Any) -> int:
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
     monkeypatch.setattr(driver, "SLOW_AFTER_S", 0.2)
     monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(driver, "CLOSE_WITHIN_S", 0.5)
+    monkeypatch.setattr(messages, "CLOSE_WITHIN_S", 0.5)
     monkeypatch.setattr(Hanging, "go_on", threading.Event(), raising=False)
     monkeypatch.setattr(shard_run, "write_table", write)
     Hanging.first.clear()
@@ -158,7 +158,7 @@ def test_who_is_second_is_called_off_and_not_counted(made: Any) -> None:
     hand_out(made, first, 0)
     hand_out(made, second, 0)
     made._take(second)
-    assert first.cancelled and made._asked_back() == [first.key] and not made._flights
+    assert first.cancelled and made.messages.wanted_back() == [first.key] and not made._flights
     made._take(first)  # it had finished when it was called off
     assert made.report.read == made.report.shards["done"] == 1
 

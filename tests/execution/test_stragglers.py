@@ -14,10 +14,13 @@ from distributed import Client, LocalCluster, get_worker
 from distributed.scheduler import KilledWorker
 
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.execution import driver, messages, shard_run
+from curator_embed.execution import driver, messages, shard_run, worker
+from curator_embed.execution.group import run_group
 from curator_embed.execution.job import ShardReport
-from curator_embed.execution.output import write_table
+from curator_embed.execution.output import TargetChanged, write_table
+from curator_embed.execution.pipeline import Pipeline
 from curator_embed.execution.report import RunReport
+from curator_embed.execution.shard_run import ShardRun
 from curator_embed.execution.worker import TaskReport
 from curator_embed.steps import BatchModel
 from tests.rows import assert_embedded, table_rows, tar_images
@@ -194,3 +197,59 @@ def test_what_both_tasks_give_back_is_handed_out_once(made: Any) -> None:
     assert not made._waiting
     made._take(tasks[1])
     assert list(made._waiting) == [(2,)]
+
+
+# -- who is second, at the shard itself ----------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(source: Path, tmp_path: Path) -> Iterator[Pipeline]:
+    built = worker.build_pipeline(dataset_of(source).job(str(tmp_path / "out")))
+    yield built
+    built.close()
+
+
+def dataset_of(source: Path, version: int = 1) -> ImageTextPairDataset:
+    return ColourEmbedder(version=version)(ImageTextPairDataset.from_webdataset(str(source)))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_somebody_else_finished_meanwhile_is_finished(
+    in_place: bool, pipeline: Pipeline, source: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(source, tmp_path / "in"))
+    dataset = dataset_of(folder)
+    job = dataset.job(None if in_place else str(tmp_path / "out"))
+    runs = [ShardRun(job, dataset.shards[0], pipeline) for _ in range(2)]
+    assert all(run.begin() for run in runs)
+    first, second = (run.finish() for run in runs)
+    assert not first.skipped and second.skipped
+    assert second.counts() == first.counts() and first.embedded == 4
+
+
+def test_what_somebody_else_made_meanwhile_in_another_way_is_left_as_it_is(
+    pipeline: Pipeline, source: Path, tmp_path: Path
+) -> None:
+    ours, others = (dataset_of(source, version) for version in (1, 2))
+    mine, theirs = (ShardRun(data.job(str(tmp_path / "out")), data.shards[0], pipeline) for data in (ours, others))
+    assert mine.begin() and theirs.begin()
+    theirs.finish()
+    before = (tmp_path / "out" / "00000.parquet").read_bytes()
+    with pytest.raises(TargetChanged):
+        mine.finish()
+    assert (tmp_path / "out" / "00000.parquet").read_bytes() == before
+
+
+def test_a_slow_task_keeps_what_is_through(pipeline: Pipeline, source: Path, tmp_path: Path) -> None:
+    dataset = dataset_of(source)
+    asked: list[bool] = []
+
+    def giving_back() -> bool:
+        asked.append(len(asked) >= 2)
+        if asked[-1]:  # both shards are in the pipeline
+            wait_until(lambda: pipeline.images == 8)
+        return asked[-1]
+
+    job = dataset.job(str(tmp_path / "out"))
+    reports = run_group(dataset.shards[:2], job, pipeline, giving_back=giving_back)
+    assert [report is not None and report.embedded for report in reports] == [4, 4]

@@ -1,0 +1,32 @@
+"""What a run's report says of its stages."""
+
+from __future__ import annotations
+
+import pytest
+
+from curator_embed.execution.pipeline import Gauge
+from curator_embed.execution.report import bottleneck
+
+
+def test_a_gauge_weighs_by_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    gauge = Gauge()
+    for moment, level in ((1.0, 4.0), (3.0, 1.0)):
+        now[0] = moment
+        gauge.move(level, level / 4)
+    now[0] = 5.0
+    assert gauge.take() == {"seconds": 5.0, "waited": 10.0, "filled": 2.5, "most": 4.0}
+    now[0] = 7.0
+    assert gauge.take() == {"seconds": 2.0, "waited": 2.0, "filled": 0.5, "most": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("read", "decode", "model", "write", "found"),
+    [(0.1, 0.5, 0.9, 0.1, "model"), (0.3, 0.9, 0.5, 0.1, "decode"), (0.6, 0.8, 0.2, 0.3, "read"),
+     (0.3, 0.8, 0.2, 0.6, "write"), (0.1, 0.4, 0.0, 0.1, "decode")],
+)  # fmt: skip
+def test_the_bottleneck_is_where_least_time_is_left(
+    read: float, decode: float, model: float, write: float, found: str
+) -> None:
+    assert bottleneck({"read": read, "decode": decode, "model": model, "write": write}) == found

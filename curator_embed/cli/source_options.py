@@ -189,7 +189,7 @@ class SourceOptions(StorageOptions):
                 try:
                     yield write
                 except BaseException as error:
-                    write(f"stopped: {str(error) or type(error).__name__}")
+                    write(f"error: {str(error) or type(error).__name__}")
                     raise
             write("end")
 

@@ -149,3 +149,7 @@ def test_progress_is_in_the_log_of_a_process(monkeypatch: pytest.MonkeyPatch, tm
     assert lines[0] == "begin list, lines 0 to 9"
     assert lines[1].startswith("5 of 10 (50%) images, 0 failed")
     assert lines[2:] == ["Check --root", "end"]
+    with pytest.raises(KeyboardInterrupt), SourceOptions(log_dir=str(tmp_path)).logging("some/list.txt"):
+        raise KeyboardInterrupt
+    last = (tmp_path / "list_0.txt").read_text().splitlines()[-1]
+    assert last.endswith("error: KeyboardInterrupt")

@@ -32,7 +32,10 @@ def photographs(folder: Path | None = None) -> list[Image.Image]:
 
         paths = [Path(skimage.__file__).parent / "data" / name for name in NAMES]
         paths += sorted((Path(sklearn.__file__).parent / "datasets" / "images").glob("*.jpg"))
-    return [Image.open(path).convert("RGB") for path in paths if path.is_file()]
+    found = [Image.open(path).convert("RGB") for path in paths if path.is_file()]
+    if not found:
+        raise SystemExit(f"no .jpg and no .png below {folder}")
+    return found
 
 
 def encoded_images(count: int, folder: Path | None = None, seed: int = 0) -> list[bytes]:

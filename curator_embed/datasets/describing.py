@@ -104,7 +104,7 @@ def _count(number: int, noun: str) -> str:
 
 def _in_words(recipe: Mapping[str, Any]) -> str:
     parts = [str(recipe.get("model") or recipe.get("step") or "?")]
-    for key in ("weights", "batch_shape", "threads", "compile", "dtype", "device"):
+    for key in ("weights", "batch_shape", "threads", "compile", "cuda_graphs", "dtype", "device"):
         if key in recipe:
             value = recipe[key]
             text = value[:19] + "..." if isinstance(value, str) and len(value) > 22 else canonical_json(value)

@@ -56,9 +56,9 @@ class CapturedForward:
             ):
                 self._output = forward(self._input)
         except BaseException:
-            self._graph.reset()
             _failed.append(self._graph)
             _close_pool(pool)
+            self._graph.reset()
             raise
         self._check(forward, batch.bitwise_not() if batch.dtype == torch.uint8 else -batch)
 

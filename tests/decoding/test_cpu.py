@@ -96,6 +96,13 @@ def test_any_geometry_is_within_the_promise(
         assert difference.max() <= ALLOWED[interpolation]
 
 
+def test_a_bilinear_value_that_both_passes_would_round_up() -> None:
+    coarse = np.random.default_rng(3).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize((107, 119), Image.Resampling.BICUBIC)
+    spec = PreprocessSpec("squash", (69, 62), (69, 61), "bilinear", ZERO, ONE)
+    assert grey_levels(image, spec).max() == 1
+
+
 def test_normalising_is_torchvisions_but_for_the_last_bit(photo: Image.Image) -> None:
     spec = spec_from_timm("vit_base_patch32_clip_224.openai")
     exact = PreprocessSpec("none", spec.crop, spec.crop, "bicubic", spec.mean, spec.std)

@@ -88,16 +88,17 @@ def _kind_of_folder(src: str, storage_options: dict[str, Any], outputs: bool) ->
                 "give as SRC what it was made from, and this folder with --metadata"
             )
         return SourceKind.webdataset
-    raise UsageError(f"{files.redact(src)}: no images there, but {_in_words(endings)}. {_NEEDED}")
+    there = f"no images there, but {_in_words(endings)}" if found else "the folder is empty"
+    raise UsageError(f"{files.redact(src)}: {there}. {_NEEDED}")
 
 
 def _in_words(endings: Counter[str]) -> str:
-    """``3 .txt, 1 .csv and 2 others``; ``nothing``."""
+    """``3 .txt, 1 .csv, 2 others``."""
     most = endings.most_common()
     parts = [f"{count:,} {ending or 'without an ending'}" for ending, count in most[:_SHOWN]]
     if rest := sum(count for _, count in most[_SHOWN:]):
         parts.append(f"{rest:,} others")
-    return ", ".join(parts) or "nothing at all"
+    return ", ".join(parts)
 
 
 def _is_output(path: str, storage_options: dict[str, Any]) -> bool:

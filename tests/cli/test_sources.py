@@ -135,7 +135,7 @@ def test_what_no_source_is(images: Path) -> None:
     (images / "both" / "0.parquet").write_bytes((images / "parquets" / "0.parquet").read_bytes())
     for name, words in (
         ("texts", r"no images there, but 2 \.txt, 1 \.csv\. A webdataset is a folder of"),
-        ("empty", "nothing at all"),
+        ("empty", "the folder is empty"),
         ("both", "1 image files are there, and parquet files.*--source folder or --source parquet"),
         ("texts/c.csv", "say --source path-list"),
         ("images/0.jpg", "by their folder"),

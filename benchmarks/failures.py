@@ -10,6 +10,7 @@ Tiny shards and a step that is nearly no work. Every outcome below is asserted, 
 * survivors: the same, but its workers live on and finish what they have, beside those of the next run.
 * shard: one shard 50 times slower than the others; nobody waits for it but its own task.
 * worker: one worker 50 times slower than the others; it gets less to do, and gives back what it has not begun.
+* hanging: one worker is stopped in the middle, as by a disk that does not answer; the others do its shards, too.
 * killer: one shard that kills every worker; it is set aside by its name, and no other is.
 """
 
@@ -358,6 +359,32 @@ def slow_worker(scene: Scene, factor: float = 50.0) -> dict[str, float]:
     }
 
 
+def hanging(scene: Scene) -> dict[str, float]:
+    """A worker gets SIGSTOP when the first shard is written, and goes on when the run is over."""
+    output = scene.scratch / "hanging"
+    with scene.cluster() as client:
+        pids = sorted(client.run(os.getpid).values())
+
+        def stop() -> None:
+            while not any(output.glob("*.parquet")):
+                time.sleep(0.01)
+            os.kill(pids[0], signal.SIGSTOP)
+
+        thread = threading.Thread(target=stop)
+        thread.start()
+        start = time.perf_counter()
+        try:
+            report = embed(scene.folder, output, Troubled(scene.pause))
+        finally:
+            thread.join()
+            os.kill(pids[0], signal.SIGCONT)
+        took = time.perf_counter() - start
+        check(report.shards["done"] == scene.shards and report.workers_lost == 0, str(report))
+        client.run(import_everything)  # it goes on, with what it had
+    scene.check_output(output)
+    return {"seconds more than undisturbed": took - scene.took}
+
+
 def killer(scene: Scene) -> dict[str, float]:
     """One shard kills whoever works on it."""
     output, killed = scene.scratch / "killer", scene.scratch / "killed"
@@ -384,6 +411,7 @@ SCENES: dict[str, tuple[Callable[[Scene], dict[str, float]], int]] = {
     "survivors": (survivors, 2_000),
     "shard": (slow_shard, 2_000),
     "worker": (slow_worker, 2_000),
+    "hanging": (hanging, 2_000),
     "killer": (killer, 2_000),
 }
 """Name -> what happens, and on how many shards at most."""

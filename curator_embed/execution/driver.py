@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -130,6 +130,8 @@ class Driver:
         self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
         self._settled: set[int] = set()  # shards that are counted, whatever became of them
         self._twice: set[int] = set()  # shards that were handed out a second time while the first had them
+        self._told_slow: set[str] = set()  # workers
+        self._idle, self._asked_idle = 0, 0.0  # threads with nothing to do, and when it was asked
         self._idle_since: float | None = None  # since when there are threads with nothing to do
         self._told_of_absence = False
         self._avoid: dict[int, str] = {}  # shard -> the worker that was too slow for it
@@ -303,8 +305,9 @@ class Driver:
 
     def _look_after_slow(self, limit: int | None) -> None:
         """While threads have nothing to do: ask slow tasks for what they have, and give it to others."""
-        now, threads = time.monotonic(), sum(self.workers.fit.values())
-        if self._waiting or len(self._flights) >= threads:
+        now = time.monotonic()
+        idle = 0 if self._waiting else self._idle_threads()
+        if idle <= 0:
             self._idle_since = None
             return
         self._idle_since = self._idle_since or now
@@ -312,7 +315,8 @@ class Driver:
             return
         usual, slow, stuck = median(self._paces), [], []
         for key, flight in self._flights.items():
-            # Since there are threads with nothing to do, no task has waited for one.
+            # While threads have nothing to do, a task that waits does so on a worker that answers nobody: else Dask
+            # would have moved it.
             waited, several = now - max(self._idle_since, flight.began), len(flight.positions) > 1
             patient = max(SLOW_AFTER_S, SLOW * usual * len(flight.positions))
             if several and waited > patient:
@@ -322,7 +326,25 @@ class Driver:
         if slow:
             self.messages.ask_back(slow)
         if stuck:
-            self._try_elsewhere(stuck, threads - len(self._flights), limit)
+            self._try_elsewhere(stuck, idle, limit)
+
+    def _idle_threads(self) -> int:
+        """Threads with nothing to do: of a worker that hangs, tasks wait for threads while others have none."""
+        fit = self.workers.fit
+        if len(self._flights) < sum(fit.values()):
+            return sum(fit.values()) - len(self._flights)
+        if time.monotonic() - self._asked_idle >= LOOK_EVERY_S:
+            self._asked_idle, places = time.monotonic(), self._places()
+            self._idle = sum(max(0, count - len(places.get(address, ()))) for address, count in fit.items())
+        return self._idle
+
+    def _places(self) -> Mapping[str, Sequence[str]]:
+        """The tasks of every worker, those that wait there, too."""
+        try:
+            places: Mapping[str, Sequence[str]] = self.client.processing()
+        except OSError as error:
+            raise SchedulerGone(str(error)) from None
+        return places
 
     def _try_elsewhere(self, tasks: Sequence[str], most: int, limit: int | None) -> None:
         """Hand out shards of tasks that hang a second time, to other workers; who is first with a shard wins.
@@ -335,11 +357,7 @@ class Driver:
         }
         if not any(undone.values()):
             return
-        try:
-            places = self.client.processing()
-        except OSError as error:
-            raise SchedulerGone(str(error)) from None
-        fit = self.workers.fit.keys()
+        places, fit = self._places(), self.workers.fit.keys()
         for key, positions in undone.items():
             there = {address for address, keys in places.items() if key in keys}
             hosts = set(map(host, there))
@@ -347,7 +365,12 @@ class Driver:
             if not there or not others:
                 continue
             for position in positions[: max(0, most)]:
-                log.warning("%s takes long on %s; trying it elsewhere", self.plan.shards[position].name, *there)
+                new = not there <= self._told_slow
+                self._told_slow |= there
+                name, place = self.plan.shards[position].name, ", ".join(there)
+                log.log(
+                    logging.WARNING if new else logging.INFO, "%s takes long on %s; trying it elsewhere", name, place
+                )
                 self._twice.add(position)
                 self._submit((position,), limit, frozenset(others))
                 most -= 1

@@ -19,7 +19,7 @@ from distributed import Client, LocalCluster
 
 from benchmarks import failures
 from benchmarks.failures import Scene
-from curator_embed.execution import driver
+from curator_embed.execution import driver, messages
 from curator_embed.execution.run import RunStopped
 from curator_embed.execution.worker import METRICS
 from tests.command import REPO
@@ -99,6 +99,11 @@ def test_a_slow_worker_gives_back_what_it_has_not_finished(scene: Scene, monkeyp
     monkeypatch.setattr(driver.Driver, "_count", counting)
     failures.slow_worker(scene, factor=10)
     assert sum(given_back) > 0
+
+
+def test_the_shards_of_a_worker_that_hangs_are_done_by_others(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "CLOSE_WITHIN_S", 1.0)
+    assert failures.hanging(scene)["seconds more than undisturbed"] < 60
 
 
 def test_a_run_goes_on_where_a_dead_scheduler_left_it(scene: Scene) -> None:

@@ -204,6 +204,7 @@ def test_somebodys_scheduler(run: Run, source: Path, tmp_path: Path) -> None:
 
 def test_no_scheduler_there(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import dask
+    import distributed  # noqa: F401  brings its defaults, which would go with the setting if they came within it
 
     with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
         ran = run("embed", source, *QUICK, "--scheduler", "tcp://127.0.0.1:9")

@@ -5,7 +5,6 @@ Pillow's resampling is the reference; torch's uint8 kernel computes the same sev
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,38 +102,22 @@ def normalise(
     scale, offset = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
     # NumPy computes on the calling thread alone. torch would share these small pieces out among its threads, which
     # costs more in waiting than it saves, above all when other threads decode meanwhile.
-    planes = out.is_contiguous()
-    if planes:
-        scale, offset = scale.reshape(3, 1, 1), offset.reshape(3, 1, 1)
-    else:
-        scale, offset = np.tile(scale, shape[3]), np.tile(offset, shape[3])
+    if out.is_contiguous():
+        for row, image in zip(out.numpy(), images, strict=True):
+            for channel, plane in enumerate(row):  # one at a time: it stays in the cache
+                plane[...] = image[channel].numpy()
+                np.multiply(plane, scale[channel], out=plane)
+                np.add(plane, offset[channel], out=plane)
+        return out
+    scale, offset = np.tile(scale, shape[3]), np.tile(offset, shape[3])
     for row, image in zip(out, images, strict=True):
-        if planes:
-            target = row.numpy()
-            _to_planes(image.numpy(), target)
-        else:
-            pixels = row.permute(1, 2, 0).numpy()
-            for channel in range(3):
-                pixels[..., channel] = image[channel].numpy()
-            target = pixels.reshape(shape[2], shape[3] * 3)
-        np.multiply(target, scale, out=target)
-        np.add(target, offset, out=target)
+        pixels = row.permute(1, 2, 0).numpy()
+        for channel in range(3):
+            pixels[..., channel] = image[channel].numpy()
+        lines = pixels.reshape(shape[2], shape[3] * 3)
+        np.multiply(lines, scale, out=lines)
+        np.add(lines, offset, out=lines)
     return out
-
-
-def _to_planes(image: np.ndarray[Any, Any], target: np.ndarray[Any, Any]) -> None:
-    """Copy uint8 (3, H, W) into float32 (3, H, W); four-byte pixels are taken apart as integers, vectorised."""
-    _, height, width = image.shape
-    plane, pitch, step = image.strides
-    if (plane, step) != (1, 4) or pitch % 4 or sys.byteorder != "little":
-        target[...] = image
-        return
-    words = np.lib.stride_tricks.as_strided(image[0], (height, 4 * width), (pitch, 1)).view(np.int32)
-    channel = np.empty_like(words)
-    target[0] = np.bitwise_and(words, 255, out=channel)
-    for number in (1, 2):
-        np.right_shift(words, 8 * number, out=channel)
-        target[number] = np.bitwise_and(channel, 255, out=channel)
 
 
 def _pixels(rgb: Image.Image) -> Pixels:

@@ -130,6 +130,7 @@ class Driver:
         self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
         self._settled: set[int] = set()  # shards that are counted, whatever became of them
         self._twice: set[int] = set()  # shards that were handed out a second time while the first had them
+        self._doubted: set[int] = set()  # shards that one task could not use while another had them
         self._told_slow: set[str] = set()  # workers
         self._idle, self._asked_idle = 0, 0.0  # threads with nothing to do, and when it was asked
         self._idle_since: float | None = None  # since when there are threads with nothing to do
@@ -440,6 +441,9 @@ class Driver:
         for position, report in zip(flight.positions, task.shards, strict=True):
             if report is None or position in self._settled:
                 continue
+            if report.fault and position not in self._doubted and self._is_elsewhere(position):
+                self._doubted.add(position)  # it may be the machine's fault: the other try decides, or a third one
+                continue
             # Not done when the run began, done when it came to it: a worker of this run finished it and died.
             report.skipped = False
             self._add(report)
@@ -473,9 +477,12 @@ class Driver:
         return [
             position
             for position in flight.positions
-            if position not in self._settled
-            and not (position in self._twice and any(position in f.positions for f in self._flights.values()))
+            if position not in self._settled and not self._is_elsewhere(position)
         ]
+
+    def _is_elsewhere(self, position: int) -> bool:
+        """Whether a task that is under way has this shard."""
+        return position in self._twice and any(position in flight.positions for flight in self._flights.values())
 
     def _add(self, shard: ShardReport) -> None:
         """Count a shard. With ``on_error="raise"`` the failed rows of an earlier run count as this one's would."""

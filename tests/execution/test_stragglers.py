@@ -199,6 +199,28 @@ def test_what_both_tasks_give_back_is_handed_out_once(made: Any) -> None:
     assert list(made._waiting) == [(2,)]
 
 
+def test_what_is_wrong_on_one_machine_does_not_call_off_the_other_try(made: Any) -> None:
+    sick = TaskReport("tcp://a:1", 1.0, [ShardReport("2", fault="shard: 2.tar: cannot be read")])
+    first, second = Task(sick), Task(told(2))
+    hand_out(made, first, 2)
+    hand_out(made, second, 2)
+    made._take(first)
+    assert not second.cancelled and not made._waiting and not made.report.faults
+    made._take(second)
+    assert made.report.shards["done"] == 1 and not made.report.faults and not made._flights
+
+
+def test_what_is_wrong_twice_is_the_shard(made: Any) -> None:
+    """The first task hangs on: the shard is not tried for ever beside it."""
+    sick = TaskReport("tcp://b:1", 1.0, [ShardReport("2", fault="shard: 2.tar: cannot be read")])
+    first, second, third = Task(told(2)), Task(sick), Task(sick)
+    hand_out(made, first, 2)
+    for task in (second, third):
+        hand_out(made, task, 2)
+        made._take(task)
+    assert first.cancelled and made.report.shards["failed"] == 1 and not made._flights and not made._waiting
+
+
 # -- who is second, at the shard itself ----------------------------------------------------------
 
 

@@ -64,6 +64,14 @@ class Compile(StrEnum):
     off = "off"
 
 
+class Decoder(StrEnum):
+    """What decodes the images."""
+
+    auto = "auto"
+    cpu = "cpu"
+    dali = "dali"
+
+
 Source = Annotated[
     str,
     typer.Argument(
@@ -163,6 +171,9 @@ def embed(
         typer.Option("--cuda-graphs", help="On a GPU, record the model once and replay it: for small batches."),
     ] = False,
     device: Annotated[str | None, typer.Option(help="'cpu' or 'cuda'; by default a GPU where there is one.")] = None,
+    decoder: Annotated[
+        Decoder, typer.Option(help="What decodes the images; auto: DALI where there is a GPU and DALI is installed.")
+    ] = Decoder.auto,
     certify: Annotated[
         bool, typer.Option("--certify", help="Compare the preprocessing with the model's own on your images.")
     ] = False,
@@ -207,6 +218,7 @@ def embed(
             compile="auto" if compile is Compile.auto else compile is Compile.on,
             cuda_graphs=cuda_graphs,
             device=device,
+            decoder=decoder.value,
         )
         pending = embedder(pending)
     for step in measured:

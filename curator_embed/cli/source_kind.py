@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from enum import StrEnum
@@ -27,6 +28,8 @@ _NEEDED = (
     "hold images in a column of bytes, and a list of paths is named itself, not its folder"
 )
 _SHOWN = 4
+
+log = logging.getLogger(__name__)
 
 
 def detect(src: str, storage_options: dict[str, Any], *, outputs: bool = False) -> SourceKind:
@@ -67,9 +70,15 @@ def _kind_of_folder(src: str, storage_options: dict[str, Any], outputs: bool) ->
 
     found = files.list_files(src, "", storage_options, recursive=True)
     endings = Counter(os.path.splitext(path)[1].lower() for path in found)
-    if endings[".tar"]:
-        return SourceKind.webdataset
     images = sum(count for ending, count in endings.items() if ending[1:] in IMAGE_EXTENSIONS)
+    if endings[".tar"]:
+        if images:
+            log.warning(
+                "%s: what is in its tars is read (%d), and not the image files beside them (%d); --source folder reads "
+                "those",
+                *(files.redact(src), endings[".tar"], images),
+            )
+        return SourceKind.webdataset
     parquets = [path for path in found if path.lower().endswith(".parquet")]
     with_images = bool(parquets) and _holds_images(parquets[0], storage_options)
     if images and with_images:

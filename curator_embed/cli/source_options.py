@@ -166,10 +166,12 @@ class SourceOptions(StorageOptions):
     @contextmanager
     def logging(self, src: str) -> Iterator[Callable[[str], None]]:
         """A function that writes to this process's log; begin, progress, warnings and end are in it, too."""
+        from curator_embed.sources.files import redact
+
         if self.log_dir is None:
             yield lambda text: None
             return
-        name = self.dataset or os.path.splitext(os.path.basename(src.rstrip("/")))[0]
+        name = self.dataset or os.path.splitext(os.path.basename(redact(src).rstrip("/")))[0]
         path = os.path.join(os.path.expanduser(self.log_dir), f"{name}_{self.process_index}.txt")
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)

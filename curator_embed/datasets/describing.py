@@ -27,7 +27,7 @@ class DatasetDescription:
     """Facts about a dataset.
 
     Attributes:
-        path: as it was named.
+        path: as it was named, without passwords and signatures.
         kind: "webdataset", "path-list", "folder" or "parquet".
         shards: in all; a run writes a file for each.
         tars: shards whose images lie in a tar of their own.
@@ -122,7 +122,7 @@ def describe_dataset(dataset: ImageTextPairDataset, path: str, kind: str) -> Dat
     shards = dataset.shards
     listed = [shard.row_estimate() for shard in shards if shard.by_position]
     found = DatasetDescription(
-        path=path,
+        path=redact(path),
         kind=kind,
         shards=len(shards),
         tars=sum((shard.image_source() or "").endswith(".tar") for shard in shards),
@@ -167,4 +167,4 @@ def _look(path: str, options: Mapping[str, Any]) -> tuple[pa.Schema | None, int,
     except FileNotFoundError:
         return None, 0, ""
     except Exception as error:
-        return None, 0, str(error) if path in str(error) else f"{path}: {error}"
+        return None, 0, redact(str(error) if path in str(error) else f"{path}: {error}")

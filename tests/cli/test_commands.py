@@ -80,7 +80,7 @@ def test_every_option_reaches_the_run(run: Run, source: Path, tmp_path: Path) ->
     ran = run(
         "embed", source, "--model", MODEL, "--output", out, "--weights", weights, "--column", "vector", "--batch-size",
         5, "--threads", 2, "--id-col", "url", "--on-error", "drop", "--dtype", "float16", "--image-size", 96,
-        "--compile", "off", "--device", "cpu", "--certify", "--json",
+        "--compile", "off", "--device", "cpu", "--decoder", "cpu", "--certify", "--json",
     )  # fmt: skip
     assert ran.status == 0, ran.err
     told = json.loads(ran.out)
@@ -94,6 +94,7 @@ def test_every_option_reaches_the_run(run: Run, source: Path, tmp_path: Path) ->
     recipe = made_by(out / "00000.parquet", "vector")
     assert recipe["batch_shape"] == [5, 3, 96, 96]
     assert (recipe["dtype"], recipe["compile"], recipe["device"]) == ("float16", False, "cpu")
+    assert recipe["decoder"] == "cpu"
 
 
 def test_two_models_in_one_pass(run: Run, source: Path, tmp_path: Path) -> None:

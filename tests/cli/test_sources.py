@@ -13,6 +13,7 @@ import pytest
 
 from curator_embed.cli.source_kind import SourceKind, detect
 from curator_embed.cli.source_options import SourceOptions
+from curator_embed.datasets.describing import describe_dataset
 from curator_embed.errors import UsageError
 from tests.shards import crops, write_dataset
 
@@ -122,6 +123,24 @@ def test_what_a_source_is(images: Path, wheel_photos: list[Path]) -> None:
     run_into.mkdir()
     pq.write_table(pa.table({"path": ["0.jpg"]}), run_into / "0.parquet")
     assert detect(str(images / "images"), {}) is SourceKind.folder  # an output within is no input
+
+
+def test_images_that_lie_beside_tars_are_not_passed_over_in_silence(
+    images: Path, wheel_photos: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    write_dataset(images / "wds", wheel_photos, shards=1, samples=1)
+    assert detect(str(images / "wds"), {}) is SourceKind.webdataset and not caplog.records
+    (images / "wds" / "00000.tar").rename(images / "images" / "old.tar")
+    assert detect(str(images / "images"), {}) is SourceKind.webdataset
+    assert "not the image files beside them (10); --source folder" in caplog.text
+
+
+def test_no_password_of_a_url_is_told(images: Path) -> None:
+    dataset = SourceOptions().open(str(images / "parquets"))
+    assert describe_dataset(dataset, "https://me:secret@h/x.tar?sig=1", "webdataset").path == "https://h/x.tar"
+    with SourceOptions(log_dir=str(images / "logs")).logging("https://h/list.txt?sig=a/secret.b"):
+        pass
+    assert [path.name for path in (images / "logs").iterdir()] == ["list_0.txt"]
 
 
 def test_what_no_source_is(images: Path) -> None:

@@ -22,8 +22,6 @@ Run = Callable[..., Any]
 PYTHON_ONLY = {
     "config",  # several clusters asked for at once: the command checks that itself
     "connections",
-    "cuda_graphs",
-    "decoder",
     "honour_exif",
     "key",
     "max_shards",  # of to_webdataset, which no command calls
@@ -48,6 +46,7 @@ PYTHON_ONLY = {
         ("metadata_path='/x/y'. Nothing", "--metadata /x/y. Nothing"),
         ("columns= chooses others", "--keep-column chooses others"),
         ("cluster_type='gpu' needs one", "--gpu needs one"),
+        ("Without DALI goes decoder='cpu'; ", "Without DALI goes --decoder cpu; "),
         ("with limit=5.", "with --limit 5."),
         # not the command's to say
         ("overwrite=False", "overwrite=False"),

@@ -193,7 +193,8 @@ class ShardRun:
                 write_table(plan, self.target, expected)
         except TargetChanged:
             # A run whose driver died may have workers that finish what they have, and Dask may run a task twice.
-            found = survey(self.job, self.shard, self.limit)
+            # Overwriting looks again for images that an earlier run did not find; this file was made just now.
+            found = survey(replace(self.job, overwrite=False), self.shard, self.limit)
             if not found.done:
                 raise
             notes, self.report = self.report.notes, ShardReport.of_finished(self.shard.name, found.footer)
@@ -218,7 +219,10 @@ class ShardRun:
         self._stack.close()
 
     def _run_own_reader(self, position: int) -> dict[str, list[np.ndarray]]:
-        """Embeddings by id from an embedder that reads shards itself (``load_dataset_shard`` overridden)."""
+        """Embeddings by id from an embedder that reads shards itself (``load_dataset_shard`` overridden).
+
+        An id that it gives fewer times than there are samples of it is left out: which of them it means is not guessed.
+        """
         step: Any = self.job.steps[position]
         source = self.shard.image_source()
         found: dict[str, list[np.ndarray]] = {}
@@ -232,7 +236,8 @@ class ShardRun:
                 )
             for sample_id, vector in zip(ids, vectors, strict=True):
                 found.setdefault(normalise_key(str(sample_id), self.numeric), []).append(vector)
-        return found
+        there = Counter(self.keys)
+        return {key: vectors for key, vectors in found.items() if len(vectors) >= there[key]}
 
     def _plan(self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]) -> TablePlan:
         """Pair values with rows, count, and say what the output table is."""

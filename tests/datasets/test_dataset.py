@@ -27,7 +27,7 @@ from curator_embed.execution.driver import BREAKS_IN_A_ROW
 from curator_embed.execution.run import RowsFailed
 from curator_embed.steps import BatchModel
 from tests.rows import assert_embedded, assert_failed, colour_vector, table_rows, tar_images
-from tests.shards import write_dataset
+from tests.shards import crops, write_dataset, write_tar
 from tests.stub import ColourEmbedder
 
 REPO = Path(__file__).resolve().parents[2]
@@ -511,6 +511,26 @@ def test_a_custom_reader(source: Path, tmp_path: Path) -> None:
             assert_failed(row, "no_image")
         else:
             assert row["image_embedding"] == [float(key), float(key) + 1, float(key) + 2]
+
+
+def test_a_custom_reader_that_leaves_out_one_of_two_images_with_one_id(
+    tmp_path: Path, wheel_photos: list[Path]
+) -> None:
+    class LeavesOut(ImageEmbedder):
+        def load_dataset_shard(self, tar_path: str) -> Iterable[tuple[Any, dict[str, Any]]]:
+            yield torch.ones(2, 3), {"key": ["a", "b"]}
+
+        def load_embedding_model(self, device: str) -> Any:
+            return lambda batch: batch
+
+    names = ["a.jpg", "b.jpg", "a.jpg"]
+    write_tar(tmp_path / "0.tar", zip(names, crops(wheel_photos[0], 3), strict=True))
+    report = LeavesOut("mine")(open_dataset(tmp_path)).save_metadata(str(tmp_path / "out"), progress=False)
+    table = pq.read_table(tmp_path / "out" / "0.parquet")
+    assert table["key"].to_pylist() == ["a", "b", "a"]
+    assert table["image_error"].to_pylist() == ["embed_error", None, "embed_error"], "every row has one or the other"
+    assert [vector is None for vector in table["image_embedding"].to_pylist()] == [True, False, True]
+    assert (report.read, report.embedded, report.failed) == (3, 1, 2)
 
 
 def test_a_custom_reader_beside_another_embedder(source: Path, tmp_path: Path) -> None:

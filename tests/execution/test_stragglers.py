@@ -249,6 +249,17 @@ def test_what_somebody_else_finished_meanwhile_is_finished(
     assert second.counts() == first.counts() and first.embedded == 4
 
 
+def test_overwriting_a_list_with_missing_images_counts_what_somebody_else_finished(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("gone.jpg\n")
+    dataset = ColourEmbedder()(ImageTextPairDataset.from_path_list(tmp_path / "list.txt", root=tmp_path))
+    job = dataset.job(str(tmp_path / "out"), overwrite=True)
+    pipeline = worker.build_pipeline(job)
+    runs = [ShardRun(job, dataset.shards[0], pipeline) for _ in range(2)]
+    assert all(run.begin() for run in runs)
+    assert [run.finish().reasons for run in runs] == [{"not_found": 1}] * 2
+    pipeline.close()
+
+
 def test_what_somebody_else_made_meanwhile_in_another_way_is_left_as_it_is(
     pipeline: Pipeline, source: Path, tmp_path: Path
 ) -> None:

@@ -118,7 +118,7 @@ class Driver:
         self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
         self._suspects: deque[int] = deque()  # shards of tasks that killed or broke their workers, to be tried alone
         self._deaths: defaultdict[int, Counter[str]] = defaultdict(Counter)  # by host, while trying this shard alone
-        self._paused_trials: dict[str, float] = {}  # since when the worker of a trial has been paused
+        self._on_paused: dict[str, float] = {}  # since when the only workers of a task have been paused
         self._kills_in_a_row = self._most_under_way = 0
         self._breaks: Counter[int] = Counter()  # pipelines that broke while they had this shard
         self._breakers: set[int] = set()  # shards that broke a pipeline while they had it to themselves
@@ -235,7 +235,7 @@ class Driver:
                     self._left_alone(flight, 1)
                 else:
                     self._again(flight)
-        self._watch_paused_trials()
+        self._watch_paused()
         if not self.workers.fit and (broken := self._broken.keys() & there):
             self._let_in_again(broken)
         if self.workers.absent_since is not None:
@@ -243,25 +243,30 @@ class Driver:
         else:
             self._told_of_absence = False
 
-    def _watch_paused_trials(self) -> None:
-        """A paused worker finishes what it has begun and begins nothing: its trial is waited for, but not for ever."""
-        fit, now, since = self.workers.fit.keys(), time.monotonic(), self._paused_trials
-        paused = [key for key, flight in self._flights.items() if flight.alone and fit.isdisjoint(flight.only_on or ())]
-        self._paused_trials = {key: since.get(key, now) for key in paused}
+    def _watch_paused(self) -> None:
+        """A paused worker finishes what it has begun and begins nothing: what only it may do is waited for, not for ever."""
+        fit, now, since = self.workers.fit.keys(), time.monotonic(), self._on_paused
+        paused = [key for key, flight in self._flights.items() if flight.only_on and fit.isdisjoint(flight.only_on)]
+        self._on_paused = {key: since.get(key, now) for key in paused}
         for key in paused:
-            flight = self._flights[key]
-            if key not in since:
+            flight, waited = self._flights[key], now - since.get(key, now)
+            name, where = self.plan.shards[flight.positions[0]].name, ", ".join(sorted(flight.only_on or ()))
+            if flight.alone and key not in since:
                 log.warning(
                     "%s is tried alone on %s, which Dask has paused; waiting %.0f s for it to go on (%s)",
-                    self.plan.shards[flight.positions[0]].name,
-                    *(flight.only_on or ()),
+                    name,
+                    where,
                     patience(),
                     PAUSED_REMEDY,
                 )
-            elif now - since[key] >= patience():
+            elif key in since and waited >= patience() and (flight.alone or fit):
                 del self._flights[key]
                 flight.future.cancel()
-                self._died_alone(flight, 1)
+                if flight.alone:
+                    self._died_alone(flight, 1)
+                else:
+                    log.warning("%s has waited %.0f s for %s, which Dask has paused", name, waited, where)
+                    self._again(flight)
 
     def _wait_for_workers(self, since: float) -> None:
         waited = time.monotonic() - since

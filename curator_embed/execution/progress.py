@@ -56,7 +56,8 @@ class Progress:
         of, left = "", ""
         if self._total:
             of = f" of {self._total:,} ({self.n / self._total:.0%})"
-            left = f", {tqdm.format_interval((self._total - self.n) / rate)} left" if rate else ""
+            missing = max(0, self._total - self.n)  # images of shards that are tried twice count twice on the way
+            left = f", {tqdm.format_interval(missing / rate)} left" if rate else ""
         return f"{self.n:,}{of} images, {self._failed:,} failed, {rate:,.1f} images/s{left}"
 
     def __enter__(self) -> Self:

@@ -211,6 +211,20 @@ def test_a_trial_on_a_paused_worker_is_told_and_ends(
     assert made._deaths[waits.positions[0]] == {"10.0.0.2": 1}
 
 
+def test_what_only_a_paused_worker_may_do_goes_to_another_in_the_end(trials: Any) -> None:
+    made, _ = trials
+    made._suspects.clear()
+    made._avoid[1] = "tcp://10.0.0.1:1"  # which was slow with it
+    made._flights["task"] = driver._Flight(SimpleNamespace(cancel=lambda: None), (1,), frozenset({"tcp://10.0.0.2:1"}))  # type: ignore[arg-type]
+    del made.workers.fit["tcp://10.0.0.2:1"]
+    for _ in range(2):
+        made._look()
+    assert "task" in made._flights
+    with dask.config.set({workers.WAIT_KEY: "0 s"}):
+        made._look()
+    assert not made._flights and list(made._waiting) == [(1,)] and not made._deaths[1]
+
+
 def test_a_worker_that_breaks_on_everything_is_not_taken_for_a_shard_that_does(trials: Any) -> None:
     made, _ = trials
 

@@ -19,6 +19,7 @@ from curator_embed.execution.group import run_group
 from curator_embed.execution.job import ShardReport
 from curator_embed.execution.output import TargetChanged, write_table
 from curator_embed.execution.pipeline import Pipeline
+from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import ShardRun
 from curator_embed.execution.worker import TaskReport
@@ -219,6 +220,12 @@ def test_what_is_wrong_twice_is_the_shard(made: Any) -> None:
         hand_out(made, task, 2)
         made._take(task)
     assert first.cancelled and made.report.shards["failed"] == 1 and not made._flights and not made._waiting
+
+
+def test_images_of_shards_that_are_tried_twice_leave_no_time_below_nothing() -> None:
+    with Progress(10, show=False) as bar:
+        bar.update(12)
+        assert bar._line(30.0).endswith("00:00 left")
 
 
 # -- who is second, at the shard itself ----------------------------------------------------------

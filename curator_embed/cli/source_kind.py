@@ -22,6 +22,7 @@ class SourceKind(StrEnum):
 
 
 LIST_ENDINGS = (".txt", ".lst", ".list")
+PARQUET_ENDINGS = (".parquet", ".pq")
 
 _NEEDED = (
     "A webdataset is a folder of *.tar, a folder of images holds files such as .jpg, .png or .webp, *.parquet files "
@@ -50,7 +51,7 @@ def detect(src: str, storage_options: dict[str, Any], *, outputs: bool = False) 
     ending = os.path.splitext(src)[1].lower()
     if ending in LIST_ENDINGS:
         return SourceKind.path_list
-    if ending == ".parquet":
+    if ending in PARQUET_ENDINGS:
         return SourceKind.parquet if _holds_images(src, storage_options) else SourceKind.webdataset
     shown = files.redact(src)
     if ending[1:] in IMAGE_EXTENSIONS:
@@ -79,7 +80,7 @@ def _kind_of_folder(src: str, storage_options: dict[str, Any], outputs: bool) ->
                 *(files.redact(src), endings[".tar"], images),
             )
         return SourceKind.webdataset
-    parquets = [path for path in found if path.lower().endswith(".parquet")]
+    parquets = [path for path in found if path.lower().endswith(PARQUET_ENDINGS)]
     with_images = bool(parquets) and _holds_images(parquets[0], storage_options)
     if images and with_images:
         raise UsageError(

@@ -33,6 +33,8 @@ class KeySplit(StrEnum):
 
 _LIST = "Path lists: "
 
+log = logging.getLogger(__name__)
+
 
 class _Written(logging.Handler):
     """Hands what is logged to a function, progress lines among it."""
@@ -115,7 +117,16 @@ class SourceOptions(StorageOptions):
         """
         storage = self.storage(src, self.root, self.metadata, output)
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
-        return self._opened(src, kind, storage, batch_size)
+        opened = self._opened(src, kind, storage, batch_size)
+        if kind is SourceKind.webdataset and all(shard.image_source() is None for shard in opened.shards):
+            from curator_embed.sources.files import redact
+
+            log.warning(
+                "%s: no tar, and no parquet column that is plainly one of images: every row counts as one without an "
+                "image. '--source parquet' says more",
+                redact(src),
+            )
+        return opened
 
     def describe(self, src: str) -> DatasetDescription:
         """What the source holds; an output of a run, which has no images, serves as well."""

@@ -106,6 +106,8 @@ def test_info_of_a_list_and_of_a_folder(run: Run, images: Path, tmp_path: Path) 
 def test_what_a_source_is(images: Path, wheel_photos: list[Path]) -> None:
     write_dataset(images / "wds", wheel_photos, shards=1, samples=1)
     (images / "tables").mkdir()
+    (images / "short").mkdir()
+    (images / "short" / "0.pq").write_bytes((images / "parquets" / "0.parquet").read_bytes())
     (images / "wds" / "00000.parquet").rename(images / "tables" / "00000.parquet")
     for name, kind in (
         ("list.txt", SourceKind.path_list),
@@ -113,6 +115,8 @@ def test_what_a_source_is(images: Path, wheel_photos: list[Path]) -> None:
         ("parquets", SourceKind.parquet),
         ("parquets/*.parquet", SourceKind.parquet),
         ("parquets/0.parquet", SourceKind.parquet),
+        ("short", SourceKind.parquet),
+        ("short/0.pq", SourceKind.parquet),
         ("tables", SourceKind.webdataset),
         ("tables/00000.parquet", SourceKind.webdataset),
         ("wds", SourceKind.webdataset),
@@ -133,6 +137,15 @@ def test_images_that_lie_beside_tars_are_not_passed_over_in_silence(
     (images / "wds" / "00000.tar").rename(images / "images" / "old.tar")
     assert detect(str(images / "images"), {}) is SourceKind.webdataset
     assert "not the image files beside them (10); --source folder" in caplog.text
+
+
+def test_tables_without_any_image_are_told(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (images / "two").mkdir()
+    pq.write_table(pa.table({"key": ["a"], "front": [b"a"], "back": [b"b"]}), images / "two" / "0.parquet")
+    assert len(SourceOptions().open(str(images / "two")).shards) == 1
+    assert "every row counts as one without an image" in caplog.text
+    with pytest.raises(UsageError, match="several columns can hold images"):
+        SourceOptions(source=SourceKind.parquet).open(str(images / "two"))
 
 
 def test_no_password_of_a_url_is_told(images: Path) -> None:

@@ -244,7 +244,7 @@ class Driver:
             self._told_of_absence = False
 
     def _watch_paused(self) -> None:
-        """A paused worker finishes what it has begun and begins nothing: what only it may do is waited for, not for ever."""
+        """A paused worker finishes what it has begun and begins nothing: what waits for it alone is not left there."""
         fit, now, since = self.workers.fit.keys(), time.monotonic(), self._on_paused
         paused = [key for key, flight in self._flights.items() if flight.only_on and fit.isdisjoint(flight.only_on)]
         self._on_paused = {key: since.get(key, now) for key in paused}

@@ -197,8 +197,9 @@ class ShardRun:
             found = survey(replace(self.job, overwrite=False), self.shard, self.limit)
             if not found.done:
                 raise
-            notes, self.report = self.report.notes, ShardReport.of_finished(self.shard.name, found.footer)
-            self.report.notes = notes
+            mine, self.report = self.report, ShardReport.of_finished(self.shard.name, found.footer)
+            self.report.notes, self.report.examples = mine.notes, mine.examples
+            self.report.images_without_row = mine.images_without_row  # in no footer
         finally:
             self.abandon()
         failpoint("shard.finished")

@@ -125,7 +125,7 @@ def describe_dataset(dataset: ImageTextPairDataset, path: str, kind: str) -> Dat
         path=redact(path),
         kind=kind,
         shards=len(shards),
-        tars=sum((shard.image_source() or "").endswith(".tar") for shard in shards),
+        tars=sum((shard.image_source() or "").lower().endswith(".tar") for shard in shards),
         images=sum(count or 0 for count in listed) if listed else None,
         images_below=shards[0].images_below,
         tables_in=redact((shards[0].table_path() or shards[0].own_table() or "").rpartition("/")[0]),

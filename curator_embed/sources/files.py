@@ -68,7 +68,7 @@ def join(base: str, *parts: str) -> str:
 
 def redact(text: str) -> str:
     """Take user names, passwords and signed queries out of every URL in ``text``."""
-    text = re.sub(r"(\w+://)[^/@\s]+@", r"\1", text)
+    text = re.sub(r"(\w+://)[^/?\s]+@", r"\1", text)  # to the last @: passwords may hold one
     return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
 
 

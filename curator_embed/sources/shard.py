@@ -120,7 +120,9 @@ class Shard(ABC):
     def own_table(self) -> str | None:
         """Where this shard's parquet goes when it has none yet and no output path is given; None: nowhere."""
         source = self.image_source()
-        return None if source is None else f"{source.removesuffix('.tar')}.parquet"
+        if source is None:
+            return None
+        return f"{source[:-4] if source.lower().endswith('.tar') else source}.parquet"
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:

@@ -148,6 +148,19 @@ def test_tables_without_any_image_are_told(images: Path, caplog: pytest.LogCaptu
         SourceOptions(source=SourceKind.parquet).open(str(images / "two"))
 
 
+def test_tars_in_capitals_keep_one_table(run: Run, tmp_path: Path, wheel_photos: list[Path]) -> None:
+    """A second run finds the first one's table as that of the tar, and not as a shard of its own."""
+    write_dataset(tmp_path / "wds", wheel_photos, shards=1, samples=3)
+    (tmp_path / "wds" / "00000.parquet").unlink()
+    (tmp_path / "wds" / "00000.tar").rename(tmp_path / "wds" / "00000.TAR")
+    for kind in ("phash", "dhash"):
+        told = json.loads(run("columns", tmp_path / "wds", "--hash", kind, "--json").out)
+        assert (told["shards"]["done"], told["read"], told["no_image"]) == (1, 3, 0)
+    assert [path.name for path in (tmp_path / "wds").glob("*.parquet")] == ["00000.parquet"]
+    told = json.loads(run("info", tmp_path / "wds", "--json").out)
+    assert (told["shards"], told["tars"], told["rows"]) == (1, 1, 3)
+
+
 def test_no_password_of_a_url_is_told(images: Path) -> None:
     dataset = SourceOptions().open(str(images / "parquets"))
     assert describe_dataset(dataset, "https://me:secret@h/x.tar?sig=1", "webdataset").path == "https://h/x.tar"

@@ -138,6 +138,7 @@ def test_remote_and_join() -> None:
 def test_nothing_secret_is_shown() -> None:
     text = "https://me:pw@host/a.tar?X-Amz-Signature=abc failed, see s3://KEY:SECRET@bucket/x and https://h/b?token=t"
     assert redact(text) == "https://host/a.tar failed, see s3://bucket/x and https://h/b"
+    assert redact("http://u:p@ss@h/x@y, s3://a/b@c") == "http://h/x@y, s3://a/b@c"
 
 
 # --- local ---------------------------------------------------------------------------------------

@@ -182,18 +182,16 @@ def _resample_bilinear(pixels: Pixels, todo: Plan) -> Pixels:
     """First pass torch's, second pass Pillow's, so that no value is off by more than 1.
 
     torch's 16-bit weights round 0.3 % of values the other way. Where both passes do, the sum can be off by 2: one value
-    in ten million of smooth pictures. An exact second pass of weights above zero cannot add to the first one's. (Where
-    a crop is deeper than ``box_of`` can find exact bounds for, the second is not exact: 33 of 2.5 billion values, half
-    of them noise, were off by 2.)
+    in ten million of smooth pictures. An exact second pass of weights above zero cannot add to the first one's.
     """
     kernel, vertical, horizontal = _KERNELS["bilinear"], todo.vertical, todo.horizontal
     if todo.vertical_first:
-        box, start, length = box_of(horizontal, _SUPPORT["bilinear"]), horizontal.start, horizontal.length
+        box, start, length = _exact_box(horizontal), horizontal.start, horizontal.length
         scale = vertical.resized / vertical.source
         image = kernel(_for_torch(pixels), [_reach(vertical), pixels.shape[1]], False, scale, None)
         image = image[:, :, vertical.start : vertical.stop, box.first : box.last]
     else:
-        box, start, length = box_of(vertical, _SUPPORT["bilinear"]), vertical.start, vertical.length
+        box, start, length = _exact_box(vertical), vertical.start, vertical.length
         image, scale = _for_torch(pixels[box.first : box.last]), horizontal.resized / horizontal.source
         image = kernel(image, [image.shape[2], _reach(horizontal)], False, None, scale)
         image = image[..., horizontal.start : horizontal.stop]
@@ -203,6 +201,10 @@ def _resample_bilinear(pixels: Pixels, todo: Plan) -> Pixels:
     result = _pixels(_pillow_pass(half_done, box, not todo.vertical_first, "bilinear"))
     kept = slice(start - box.start, start - box.start + length)
     return (result[:, kept] if todo.vertical_first else result[kept]).copy()
+
+
+def _exact_box(axis: Axis) -> Box:
+    return box_of(axis, _SUPPORT["bilinear"], slack=axis.resized)
 
 
 def _for_torch(pixels: Pixels) -> torch.Tensor:

@@ -55,6 +55,10 @@ class Axis:
         return self.source == self.resized
 
 
+_EXACT = 1e-9
+"""Source pixels: what double precision itself leaves between a bound and its single precision."""
+
+
 @dataclass(frozen=True, slots=True)
 class Box:
     """What Pillow is asked for to get an axis' kept pixels, and few others, as the full resize would give them.
@@ -78,7 +82,8 @@ def box_of(axis: Axis, support: float, slack: int = 24) -> Box:
 
     Pillow holds a box in single precision, which is off by up to 1e-5 pixels and shows as single grey levels. Hence
     the crop, which keeps coordinates small, and up to ``slack`` more resized pixels on each side, among which the
-    bounds are taken that single precision represents best.
+    bounds are taken that single precision represents best. With ``slack=axis.resized`` those are always exact: at the
+    latest the bounds of the whole axis are.
     """
     scale = axis.scale
     starts = np.arange(axis.start, max(axis.start - slack, 0) - 1, -1)
@@ -91,9 +96,14 @@ def box_of(axis: Axis, support: float, slack: int = 24) -> Box:
     lengths = (single_ends[None, :] - single_begins[:, None]).astype(np.float64)
     at_begin = np.abs(single_begins - begins)[:, None]
     at_end = np.abs(single_begins[:, None] + lengths - ends[None, :])
-    i, j = np.unravel_index(np.argmin(np.maximum(at_begin, at_end)), lengths.shape)
-    end = min(float(ends[j]), float(last - first))
-    return Box(first, last, float(begins[i]), end, int(starts[i]), int(stops[j]))
+    errors = np.maximum(at_begin, at_end)
+    i, j = np.unravel_index(np.argmin(np.where(errors < _EXACT, 0, errors)), lengths.shape)
+    begin, end = float(begins[i]), float(ends[j])
+    if errors[i, j] < _EXACT:  # exact bounds stay so when whole pixels are cut off that take no part
+        unused = max(math.floor(begin - reach), 0)
+        last = min(math.ceil(first + end + reach), axis.source)
+        first, begin, end = first + unused, begin - unused, end - unused
+    return Box(first, last, begin, min(end, float(last - first)), int(starts[i]), int(stops[j]))
 
 
 @dataclass(frozen=True, slots=True)

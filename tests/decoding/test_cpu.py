@@ -103,6 +103,13 @@ def test_a_bilinear_value_that_both_passes_would_round_up() -> None:
     assert grey_levels(image, spec).max() == 1
 
 
+def test_bilinear_white_noise_whose_crop_is_deep() -> None:
+    spec = PreprocessSpec("squash", (214, 214), (131, 131), "bilinear", ZERO, ONE)
+    for seed in range(40):
+        noise = np.random.default_rng(seed).integers(0, 256, (224, 224, 3), dtype=np.uint8)
+        assert grey_levels(Image.fromarray(noise), spec).max() <= 1
+
+
 def test_normalising_is_torchvisions_but_for_the_last_bit(photo: Image.Image) -> None:
     spec = spec_from_timm("vit_base_patch32_clip_224.openai")
     exact = PreprocessSpec("none", spec.crop, spec.crop, "bicubic", spec.mean, spec.std)

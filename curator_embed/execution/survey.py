@@ -110,7 +110,14 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Look | N
     if seen.damaged and not job.overwrite:
         return Survey((), False, f"cannot be read and would be replaced ({seen.damaged})")
     if there is not None and not job.overwrite and "limit" not in footer.output:
-        if not footer.output:
+        if not footer.output and footer.columns:
+            why = (
+                f"{LACKS_COLUMNS} the note of how its rows were chosen: columns were added to it since, and "
+                "overwriting would drop them. To go on, leave the output path out and name that folder as the one of "
+                "the tables: "
+                f"metadata_path='{redact(str(job.output))}'"
+            )
+        elif not footer.output:
             why = "the file is already there and is not an output of curator-embed"
         elif found.conflict:
             why = found.conflict

@@ -34,10 +34,10 @@ from curator_embed.decoding.cpu import normalise
 from curator_embed.decoding.reference import timm_transform
 from curator_embed.embedders import TimmImageEmbedder
 from curator_embed.execution.clients import get_client
-from curator_embed.execution.engines import CpuEngine
 from curator_embed.execution.job import ShardJob
-from curator_embed.execution.pipeline import Pipeline
 from curator_embed.execution.shard_run import ShardRun
+from curator_embed.pipeline.engines import CpuEngine
+from curator_embed.pipeline.pipeline import Pipeline
 from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import BatchModel, Step
 

@@ -27,15 +27,15 @@ from pathlib import Path
 from benchmarks.cpu import NormaliseOnly, decode_only, timed
 from benchmarks.images import encoded_images, write_shards
 from curator_embed.embedders import TimmImageEmbedder
-from curator_embed.execution.engines import CpuEngine
 from curator_embed.execution.job import ShardJob
-from curator_embed.execution.pipeline import Pipeline
 from curator_embed.execution.shard_run import ShardRun
-from curator_embed.sources.objects import ReadPolicy
+from curator_embed.pipeline.engines import CpuEngine
+from curator_embed.pipeline.pipeline import Pipeline
 from curator_embed.sources.path_list import find_lines
-from curator_embed.sources.s3 import S3Options
 from curator_embed.sources.shard import Shard
 from curator_embed.sources.webdataset import find_shards
+from curator_embed.storage.objects import ReadPolicy
+from curator_embed.storage.s3 import S3Options
 
 PER_SHARD = 200
 

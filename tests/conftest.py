@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.written_tars import Members, tar_bytes
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPO.parent / "shared" / "data"
@@ -33,3 +37,16 @@ def wheel_photos() -> list[Path]:
     found = [Path(skimage.__file__).parent / "data" / name for name in names]
     found += sorted((Path(sklearn.__file__).parent / "datasets" / "images").glob("*.jpg"))
     return sorted((path for path in found if path.is_file()), key=lambda path: path.name)
+
+
+@pytest.fixture
+def make_tar(tmp_path: Path) -> Callable[..., str]:
+    """Write a tar into the test's folder and return its path."""
+
+    def make(members: Members, name: str = "00000.tar", fmt: int = tarfile.PAX_FORMAT) -> str:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tar_bytes(members, fmt))
+        return str(path)
+
+    return make

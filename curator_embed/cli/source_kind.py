@@ -43,8 +43,8 @@ def detect(src: str, storage_options: dict[str, Any], *, outputs: bool = False) 
         UsageError: nothing is there, nothing that can be worked on, or more than one kind; it says what was found.
         SourceError: a folder cannot be listed.
     """
-    from curator_embed.sources import files
     from curator_embed.sources.sniff import IMAGE_EXTENSIONS
+    from curator_embed.storage import files
 
     if not files.is_remote(src) and files.is_folder(src):
         return _kind_of_folder(src, storage_options, outputs)
@@ -66,8 +66,8 @@ def detect(src: str, storage_options: dict[str, Any], *, outputs: bool = False) 
 
 
 def _kind_of_folder(src: str, storage_options: dict[str, Any], outputs: bool) -> SourceKind:
-    from curator_embed.sources import files
     from curator_embed.sources.sniff import IMAGE_EXTENSIONS
+    from curator_embed.storage import files
 
     found = files.list_files(src, "", storage_options, recursive=True)
     endings = Counter(os.path.splitext(path)[1].lower() for path in found)
@@ -113,8 +113,8 @@ def _in_words(endings: Counter[str]) -> str:
 
 def _is_output(path: str, storage_options: dict[str, Any]) -> bool:
     """Whether a run wrote this file into a folder of its own."""
-    from curator_embed.execution.provenance import Footer
     from curator_embed.sources.parquet import open_parquet
+    from curator_embed.tables.provenance import Footer
 
     try:
         with open_parquet(path, storage_options) as parquet:
@@ -125,8 +125,8 @@ def _is_output(path: str, storage_options: dict[str, Any]) -> bool:
 
 def _holds_images(path: str, storage_options: dict[str, Any]) -> bool:
     """Whether a parquet file (of a glob or brace range: the first) has a column of bytes, and no tar beside it."""
-    from curator_embed.sources import files
     from curator_embed.sources.parquet import find_parquets
+    from curator_embed.storage import files
 
     try:
         first = find_parquets(path, storage_options=storage_options)[0].path

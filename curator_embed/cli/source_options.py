@@ -119,7 +119,7 @@ class SourceOptions(StorageOptions):
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
         opened = self._opened(src, kind, storage, batch_size)
         if kind is SourceKind.webdataset and all(shard.image_source() is None for shard in opened.shards):
-            from curator_embed.sources.files import redact
+            from curator_embed.storage.files import redact
 
             log.warning(
                 "%s: no tar, and no parquet column that is plainly one of images: every row counts as one without an "
@@ -138,7 +138,7 @@ class SourceOptions(StorageOptions):
 
     def _opened(self, src: str, kind: SourceKind, storage: dict[str, Any], batch_size: int) -> ImageTextPairDataset:
         from curator_embed.datasets import ImageTextPairDataset
-        from curator_embed.sources.objects import ReadPolicy
+        from curator_embed.storage.objects import ReadPolicy
 
         self._check(kind)
         reading = ReadPolicy(in_flight=self.in_flight, timeout=self.timeout, retries=self.retries)
@@ -177,7 +177,7 @@ class SourceOptions(StorageOptions):
     @contextmanager
     def logging(self, src: str) -> Iterator[Callable[[str], None]]:
         """A function that writes to this process's log; begin, progress, warnings and end are in it, too."""
-        from curator_embed.sources.files import redact
+        from curator_embed.storage.files import redact
 
         if self.log_dir is None:
             yield lambda text: None

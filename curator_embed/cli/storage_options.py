@@ -48,7 +48,7 @@ class StorageOptions:
         Raises:
             UsageError: an option is for S3 and none of the places is, or options contradict each other.
         """
-        from curator_embed.sources.s3 import S3Options
+        from curator_embed.storage.s3 import S3Options
 
         given = self.given("region", "endpoint", "anonymous", "http_proxy", "https_proxy", "no_proxy")
         storage: dict[str, Any] = {}

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from curator_embed.execution.output import Location
-from curator_embed.execution.provenance import Footer, canonical_json
-from curator_embed.sources.files import redact
+from curator_embed.storage.files import redact
+from curator_embed.storage.location import Location
+from curator_embed.tables.provenance import Footer, canonical_json
 
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset

@@ -26,15 +26,16 @@ from distributed import as_completed
 
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
-from curator_embed.execution.lock import OutputLock
-from curator_embed.execution.output import Location, TablePlan, clear_temporaries, replacing, write_table
-from curator_embed.execution.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
 from curator_embed.execution.progress import Progress
-from curator_embed.execution.provenance import Footer
 from curator_embed.execution.run import check_writable
 from curator_embed.execution.worker import read_partition
-from curator_embed.sources.files import absolute, exists, fingerprint
 from curator_embed.sources.shard import Shard
+from curator_embed.storage.files import absolute, exists, fingerprint
+from curator_embed.storage.location import Location
+from curator_embed.tables.lock import OutputLock
+from curator_embed.tables.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
+from curator_embed.tables.provenance import Footer
+from curator_embed.tables.writing import TablePlan, clear_temporaries, replacing, write_table
 
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset

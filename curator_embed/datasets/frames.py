@@ -22,13 +22,14 @@ from dask.delayed import delayed
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.job import ShardJob
-from curator_embed.execution.output import Location, NewColumn, TablePlan, write_table
-from curator_embed.execution.pairing import ids_as_text, pair
-from curator_embed.execution.provenance import ERROR_COLUMN, Footer
 from curator_embed.execution.run import make_plan
 from curator_embed.execution.worker import read_partition
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.shard import Shard
+from curator_embed.storage.location import Location
+from curator_embed.tables.pairing import ids_as_text, pair
+from curator_embed.tables.provenance import ERROR_COLUMN, Footer
+from curator_embed.tables.writing import NewColumn, TablePlan, write_table
 
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset

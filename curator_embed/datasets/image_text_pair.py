@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from curator_embed.errors import UsageError
 from curator_embed.execution.job import ShardJob
-from curator_embed.sources.files import absolute
 from curator_embed.sources.shard import Shard
 from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import Step
+from curator_embed.storage.files import absolute
 
 if TYPE_CHECKING:
     import dask.dataframe as dd
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from curator_embed.datasets.export import ExportReport
     from curator_embed.execution.report import RunReport
     from curator_embed.execution.run import RunPlan
-    from curator_embed.sources.objects import ReadPolicy
+    from curator_embed.storage.objects import ReadPolicy
 
 
 class ImageTextPairDataset:

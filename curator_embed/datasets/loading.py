@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from curator_embed.errors import UsageError
-from curator_embed.execution.output import Location
-from curator_embed.execution.provenance import Footer
-from curator_embed.sources.files import list_files, natural_key
+from curator_embed.storage.files import list_files, natural_key
+from curator_embed.storage.location import Location
+from curator_embed.tables.provenance import Footer
 
 
 def load_embeddings(

@@ -13,12 +13,12 @@ from distributed import Client
 from curator_embed.datasets.frames import assigned_columns, write_assigned
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
-from curator_embed.execution.engines import decode_options
 from curator_embed.execution.job import ShardJob
-from curator_embed.execution.output import Location
 from curator_embed.execution.run import RunPlan, execute, make_plan
 from curator_embed.execution.workers import ask_workers, cores_per_worker, wait_for_worker
+from curator_embed.pipeline.engines import decode_options
 from curator_embed.steps import BatchStep, Step
+from curator_embed.storage.location import Location
 
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset

@@ -23,13 +23,13 @@ from distributed import Client, Future
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from curator_embed.execution.job import ShardReport
-from curator_embed.execution.lock import OutputLock
 from curator_embed.execution.messages import Messages
 from curator_embed.execution.planning import group_shards
 from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.worker import TaskReport, WorkerUnfit, progress_topic, run_task
 from curator_embed.execution.workers import WAIT_KEY, Workers, host, patience, scheduler_address
+from curator_embed.tables.lock import OutputLock
 
 if TYPE_CHECKING:
     from curator_embed.execution.run import RunPlan

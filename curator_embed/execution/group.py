@@ -12,8 +12,8 @@ from contextlib import contextmanager
 
 from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
 from curator_embed.execution.job import FailedRows, ShardJob, ShardReport
-from curator_embed.execution.pipeline import Pipeline
 from curator_embed.execution.shard_run import ShardRun
+from curator_embed.pipeline.pipeline import Pipeline
 from curator_embed.sources.shard import Shard
 
 log = logging.getLogger(__name__)

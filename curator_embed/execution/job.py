@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from curator_embed.errors import UsageError
-from curator_embed.execution.provenance import Footer, counted
 from curator_embed.sources.shard import Note, Shard
 from curator_embed.steps import Step
+from curator_embed.tables.provenance import Footer, counted
 
 OnError = Literal["keep", "drop", "raise"]
 

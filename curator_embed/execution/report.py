@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from curator_embed.execution.job import ShardReport
-from curator_embed.execution.pipeline import StageClock
+from curator_embed.pipeline.pipeline import StageClock
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset

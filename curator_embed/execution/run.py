@@ -28,16 +28,17 @@ from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.driver import Driver
 from curator_embed.execution.job import ShardJob
-from curator_embed.execution.lock import OutputLock
-from curator_embed.execution.output import Location, clear_temporaries
-from curator_embed.execution.provenance import Footer, recorded_settings
 from curator_embed.execution.report import FAILED_ROWS, RunReport, fault_parts
 from curator_embed.execution.survey import LACKS_COLUMNS, TO_PAIR_BY, Survey, look, survey
 from curator_embed.execution.workers import cores_per_worker
-from curator_embed.sources.files import fingerprint, is_folder, is_remote, list_files, local_path, redact
 from curator_embed.sources.path_list import cut_otherwise
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Step
+from curator_embed.storage.files import fingerprint, is_folder, is_remote, list_files, local_path, redact
+from curator_embed.storage.location import Location
+from curator_embed.tables.lock import OutputLock
+from curator_embed.tables.provenance import Footer, recorded_settings
+from curator_embed.tables.writing import clear_temporaries
 
 _REPORT = "report-"
 

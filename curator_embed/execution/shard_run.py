@@ -18,18 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from curator_embed.errors import Reason, SourceError, UsageError
-from curator_embed.execution.failpoints import failpoint
 from curator_embed.execution.job import FailedRows, ShardJob, ShardReport
-from curator_embed.execution.output import (
-    Location,
-    NewColumn,
-    TablePlan,
-    TargetChanged,
-    Token,
-    collect_table,
-    write_table,
-)
-from curator_embed.execution.pairing import (
+from curator_embed.execution.survey import survey, table_fingerprint
+from curator_embed.execution.values import embedded_values, image_values, own_values
+from curator_embed.pipeline.pipeline import OpenShard, Pipeline
+from curator_embed.sources.shard import Note, Sample, Shard
+from curator_embed.steps import BatchStep, Step
+from curator_embed.storage.location import Location, Token
+from curator_embed.tables.failpoints import failpoint
+from curator_embed.tables.pairing import (
     Pairing,
     ids_as_text,
     ids_digest,
@@ -37,12 +34,8 @@ from curator_embed.execution.pairing import (
     normalise_key,
     pair,
 )
-from curator_embed.execution.pipeline import OpenShard, Pipeline
-from curator_embed.execution.provenance import ERROR_COLUMN, Footer, same_samples
-from curator_embed.execution.survey import survey, table_fingerprint
-from curator_embed.execution.values import embedded_values, image_values, own_values
-from curator_embed.sources.shard import Note, Sample, Shard
-from curator_embed.steps import BatchStep, Step
+from curator_embed.tables.provenance import ERROR_COLUMN, Footer, same_samples
+from curator_embed.tables.writing import NewColumn, TablePlan, TargetChanged, collect_table, write_table
 
 log = logging.getLogger(__name__)
 

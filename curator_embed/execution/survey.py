@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.execution.job import ShardJob
-from curator_embed.execution.output import Location
-from curator_embed.execution.provenance import ERROR_COLUMN, Footer, Status, status
-from curator_embed.sources.files import fingerprint, redact
 from curator_embed.sources.shard import Shard
+from curator_embed.storage.files import fingerprint, redact
+from curator_embed.storage.location import Location
+from curator_embed.tables.provenance import ERROR_COLUMN, Footer, Status, status
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from curator_embed.execution.output import Slice, vectors_to_list_array
-from curator_embed.execution.pipeline import OpenShard
+from curator_embed.pipeline.pipeline import OpenShard
+from curator_embed.tables.writing import Slice, vectors_to_list_array
 
 
 def embedded_values(opened: OpenShard, position: int, sample_of_row: np.ndarray, kind: pa.DataType) -> Slice:

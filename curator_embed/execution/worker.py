@@ -21,15 +21,15 @@ import pyarrow as pa
 from distributed import Worker, get_worker
 
 from curator_embed.errors import CuratorEmbedError, UsageError
-from curator_embed.execution.engines import CpuEngine, DaliEngine
 from curator_embed.execution.group import run_group
 from curator_embed.execution.job import ShardJob, ShardReport
-from curator_embed.execution.output import Location
-from curator_embed.execution.pipeline import DecodeEngine, Pipeline, PipelineClosed, StageClock
-from curator_embed.execution.provenance import ERROR_COLUMN
 from curator_embed.execution.shard_run import ShardRun
+from curator_embed.pipeline.engines import CpuEngine, DaliEngine
+from curator_embed.pipeline.pipeline import DecodeEngine, Pipeline, PipelineClosed, StageClock
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep
+from curator_embed.storage.location import Location
+from curator_embed.tables.provenance import ERROR_COLUMN
 
 METRICS = "curator_embed"
 """Name of a worker's figures among those that it sends with every heartbeat."""

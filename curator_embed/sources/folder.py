@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from curator_embed.errors import SourceError, UsageError
-from curator_embed.sources import files
 from curator_embed.sources.extras import load_json, load_text, table_of
-from curator_embed.sources.files import redact
-from curator_embed.sources.objects import ReadPolicy, Unread, read_many
 from curator_embed.sources.path_list import as_text, extension, range_name
 from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
 from curator_embed.sources.sniff import IMAGE_EXTENSIONS
+from curator_embed.storage import files
+from curator_embed.storage.files import redact
+from curator_embed.storage.objects import ReadPolicy, Unread, read_many
 
 SIDECARS = ("txt", "json")
 """Lower-case extensions of what is read beside an image of the same stem."""

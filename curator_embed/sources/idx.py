@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from curator_embed.errors import SourceError
-from curator_embed.sources.files import (
+from curator_embed.sources.grouping import group_members, split_name
+from curator_embed.sources.tar import BLOCK, BadHeader, Member, TarScan, parse_header
+from curator_embed.storage.files import (
     ByteSource,
     StorageOptions,
     exists,
@@ -26,8 +28,6 @@ from curator_embed.sources.files import (
     remote_info,
     write_whole,
 )
-from curator_embed.sources.grouping import group_members, split_name
-from curator_embed.sources.tar import BLOCK, BadHeader, Member, TarScan, parse_header
 
 _CHECKED_HEADERS = 16
 _ZEROS = bytes(BLOCK)

@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curator_embed.errors import SourceError, UsageError
-from curator_embed.sources import files
 from curator_embed.sources.extras import id_text
-from curator_embed.sources.files import StorageOptions, redact, unreadable
-from curator_embed.sources.objects import ReadPolicy, Unread, read_many
 from curator_embed.sources.path_list import extension
 from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
 from curator_embed.sources.webdataset import expand_braces
+from curator_embed.storage import files
+from curator_embed.storage.files import StorageOptions, redact, unreadable
+from curator_embed.storage.objects import ReadPolicy, Unread, read_many
 
 ROWS_AT_A_TIME = 64
 REMOTE_BLOCK_BYTES = 8 << 20

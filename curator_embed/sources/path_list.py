@@ -18,11 +18,11 @@ from urllib.parse import quote
 import numpy as np
 
 from curator_embed.errors import Reason, SourceError, UsageError
-from curator_embed.sources import files
-from curator_embed.sources.files import ByteSource, open_source, redact
-from curator_embed.sources.objects import ReadPolicy, Unread, read_many
 from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
 from curator_embed.sources.sniff import sniff
+from curator_embed.storage import files
+from curator_embed.storage.files import ByteSource, open_source, redact
+from curator_embed.storage.objects import ReadPolicy, Unread, read_many
 
 LINE_DIGITS = 9
 """Digits of line numbers in file names: they must not depend on how long the list is, or is going to be."""

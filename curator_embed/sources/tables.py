@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from curator_embed.errors import UsageError
-from curator_embed.sources import files
-from curator_embed.sources.files import StorageOptions
 from curator_embed.sources.shard import Shard
+from curator_embed.storage import files
+from curator_embed.storage.files import StorageOptions
 
 
 def with_found_tables(

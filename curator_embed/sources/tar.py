@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from curator_embed.errors import SourceError
-from curator_embed.sources.files import ByteSource, redact
+from curator_embed.storage.files import ByteSource, redact
 
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20

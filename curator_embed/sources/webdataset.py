@@ -19,9 +19,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from curator_embed.errors import Reason, SourceError, UsageError
-from curator_embed.sources import files
 from curator_embed.sources.extras import id_text, load_json, load_text, table_of
-from curator_embed.sources.files import ByteSource, StorageOptions, open_source, redact
 from curator_embed.sources.grouping import Grouper, KeySplit, Place, kind_of
 from curator_embed.sources.idx import (
     BadIndex,
@@ -35,6 +33,8 @@ from curator_embed.sources.idx import (
 from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
 from curator_embed.sources.sniff import SNIFF_BYTES, sniff
 from curator_embed.sources.tar import Member, TarScan
+from curator_embed.storage import files
+from curator_embed.storage.files import ByteSource, StorageOptions, open_source, redact
 
 UseIndex = Literal["auto"] | bool
 

@@ -20,8 +20,8 @@ import pytest
 from curator_embed import __version__
 from curator_embed.cli.main import app
 from curator_embed.errors import CuratorEmbedError
-from curator_embed.execution.lock import OutputLock
-from curator_embed.execution.output import Location
+from curator_embed.storage.location import Location
+from curator_embed.tables.lock import OutputLock
 from tests.command import REPO, Ran, start
 from tests.rows import table_rows, tar_members
 from tests.shards import write_dataset

@@ -16,10 +16,10 @@ from PIL import Image
 from curator_embed.columns import ImageHasher, ImageProperties
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import SourceError, UsageError
-from curator_embed.execution import engines
 from curator_embed.execution.job import ShardJob
 from curator_embed.execution.shard_run import ShardRun
 from curator_embed.execution.worker import build_pipeline
+from curator_embed.pipeline import engines
 from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import Step
 from tests.rows import assert_embedded, table_rows, tar_images

@@ -112,9 +112,7 @@ def test_dropping_rows(source: Path, tmp_path: Path) -> None:
     assert list(rows) == [k for k in order if k in images and k not in ("000010002", "000020000")]
     for key, row in rows.items():
         assert_embedded(row, images[key])
-    again = ColourEmbedder()(open_dataset(source)).save_metadata(
-        str(tmp_path / "out"), on_error="drop", progress=False
-    )
+    again = ColourEmbedder()(open_dataset(source)).save_metadata(str(tmp_path / "out"), on_error="drop", progress=False)
     assert (again.shards["skipped"], again.read, again.failed) == (3, 33, 2), "accounted for although dropped"
 
 
@@ -550,7 +548,7 @@ def test_a_custom_reader_that_miscounts(source: Path, tmp_path: Path) -> None:
         Miscounts("mine")(open_dataset(source)).save_metadata(str(tmp_path / "out"), progress=False)
 
 
-NEMO = '''
+NEMO = """
 from curator_embed import get_client
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.embedders import TimmImageEmbedder
@@ -562,7 +560,7 @@ embedding_model = TimmImageEmbedder(
     pretrained=False, batch_size=1024, num_threads_per_worker=16, normalize_embeddings=True)
 dataset_with_embeddings = embedding_model(dataset)
 dataset_with_embeddings.save_metadata()
-'''
+"""
 
 
 def run_script(code: str, folder: Path) -> subprocess.CompletedProcess[str]:

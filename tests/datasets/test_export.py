@@ -157,9 +157,7 @@ def test_embeddings_travel_and_count_as_done(source: Path, tmp_path: Path) -> No
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")} == stamps
 
 
-def test_an_export_that_was_interrupted_goes_on(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_was_interrupted_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mark(source)
     whole = export(source, tmp_path / "whole", samples_per_shard=4)
     original = exporting._export_shard

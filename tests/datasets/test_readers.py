@@ -15,7 +15,7 @@ import pytest
 
 from curator_embed import load_embeddings
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.execution.provenance import FOOTER_KEY
+from curator_embed.tables.provenance import FOOTER_KEY
 from tests.rows import colour_vector, tar_images
 from tests.shards import write_dataset
 from tests.stub import ColourEmbedder

@@ -227,8 +227,11 @@ def test_what_does_not_compile_runs_as_it_is_and_says_so(monkeypatch: pytest.Mon
 @pytest.mark.skipif(not cpu_compiler_found(), reason="no C++ compiler or no Python headers")
 def test_compiled_is_close_to_eager_and_repeats_its_bits() -> None:
     net = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 3, 2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(),
-        torch.nn.Flatten(), torch.nn.Linear(1800, 6),
+        torch.nn.Conv2d(3, 8, 3, 2),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(1800, 6),
     )
     four = images(4)
     compiled = ModelRunner(net, options(compile=True, threads=2))

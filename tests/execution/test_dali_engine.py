@@ -26,8 +26,8 @@ from curator_embed.decoding.image import DecodedImage
 from curator_embed.embedders import TimmImageEmbedder
 from curator_embed.embedders.lite0 import MODEL, efficientnet_lite0_weights
 from curator_embed.errors import Reason, UsageError
-from curator_embed.execution.engines import CpuEngine, DaliEngine
-from curator_embed.execution.pipeline import Pipeline, Prepared
+from curator_embed.pipeline.engines import CpuEngine, DaliEngine
+from curator_embed.pipeline.pipeline import Pipeline, Prepared
 from curator_embed.steps import BatchModel, ImageStep, Step
 from tests.shards import crops, write_tar
 

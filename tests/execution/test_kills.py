@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from curator_embed.execution.failpoints import NAMES
+from curator_embed.tables.failpoints import NAMES
 from tests.shards import write_dataset
 from tests.zygote import Zygote
 

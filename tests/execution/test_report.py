@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from curator_embed.execution.pipeline import Gauge
 from curator_embed.execution.report import bottleneck
+from curator_embed.pipeline.pipeline import Gauge
 
 
 def test_a_gauge_weighs_by_time(monkeypatch: pytest.MonkeyPatch) -> None:

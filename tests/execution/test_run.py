@@ -16,9 +16,9 @@ from curator_embed import get_client
 from curator_embed.datasets import ImageTextPairDataset, saving
 from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution import run
-from curator_embed.execution.lock import OutputLock, OutputLocked
-from curator_embed.execution.output import Location
 from curator_embed.execution.run import RowsFailed, RunStopped
+from curator_embed.storage.location import Location
+from curator_embed.tables.lock import OutputLock, OutputLocked
 from tests.shards import crops, write_dataset
 from tests.stub import ColourEmbedder
 

@@ -19,13 +19,13 @@ from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.execution import driver, messages, shard_run, worker
 from curator_embed.execution.group import run_group
 from curator_embed.execution.job import ShardReport
-from curator_embed.execution.output import TargetChanged, write_table
-from curator_embed.execution.pipeline import Pipeline
 from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import ShardRun
 from curator_embed.execution.worker import TaskReport
+from curator_embed.pipeline.pipeline import Pipeline
 from curator_embed.steps import BatchModel
+from curator_embed.tables.writing import TargetChanged, write_table
 from tests.rows import assert_embedded, table_rows, tar_images
 from tests.stub import ColourEmbedder
 from tests.threads import wait_until

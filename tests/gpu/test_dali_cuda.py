@@ -24,7 +24,7 @@ from curator_embed.decoding.pillow import decode
 from curator_embed.decoding.reference import timm_transform, transform_of
 from curator_embed.decoding.spec import PreprocessSpec, openai_spec
 from curator_embed.embedders import TimmImageEmbedder
-from curator_embed.execution.engines import CpuEngine, DaliEngine
+from curator_embed.pipeline.engines import CpuEngine, DaliEngine
 from tests.shards import write_tar
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*random weights")]

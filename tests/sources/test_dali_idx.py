@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from written_tars import image_bytes
 
 from curator_embed.errors import SourceError, UsageError
-from curator_embed.sources.files import open_source
 from curator_embed.sources.idx import BadIndex, format_index, parse_index, read_index
 from curator_embed.sources.idx import index_tar as index_one
 from curator_embed.sources.tar import Member
 from curator_embed.sources.webdataset import WebdatasetShard, find_shards, index_tars
+from curator_embed.storage.files import open_source
+from tests.written_tars import image_bytes
 
 MakeTar = Callable[..., str]
 WEBDATASET = [

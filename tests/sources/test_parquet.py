@@ -14,8 +14,8 @@ from distributed import Client
 
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import Reason, SourceError, UsageError
-from curator_embed.execution.provenance import Footer
 from curator_embed.sources.parquet import find_parquets, image_column
+from curator_embed.tables.provenance import Footer
 from tests.shards import crops
 from tests.stub import ColourEmbedder
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.sources import path_list
-from curator_embed.sources.objects import ReadPolicy, Unread, read_many
 from curator_embed.sources.path_list import PathListShard, find_lines, index_lines
+from curator_embed.storage.objects import ReadPolicy, Unread, read_many
 
 
 class Bytes:

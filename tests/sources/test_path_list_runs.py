@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import UsageError
-from curator_embed.execution.lock import OutputLock, OutputLocked, parts_overlap
-from curator_embed.execution.output import Location
 from curator_embed.execution.run import RunStopped
 from curator_embed.sources.path_list import cut_otherwise, range_name
+from curator_embed.storage.location import Location
+from curator_embed.tables.lock import OutputLock, OutputLocked, parts_overlap
 from tests.shards import crops
 from tests.stub import ColourEmbedder
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from written_tars import tar_bytes
 
 from curator_embed.errors import SourceError
-from curator_embed.sources.files import ByteSource
 from curator_embed.sources.tar import BLOCK, BadHeader, Member, TarScan, decode_name, parse_header, parse_pax
+from curator_embed.storage.files import ByteSource
+from tests.written_tars import tar_bytes
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 

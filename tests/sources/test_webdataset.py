@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from written_tars import as_json, image_bytes, tar_bytes
 
 from curator_embed.errors import Reason, SourceError
 from curator_embed.sources.extras import MAX_COLUMNS, load_json
 from curator_embed.sources.shard import Sample
 from curator_embed.sources.webdataset import WebdatasetShard
+from tests.written_tars import as_json, image_bytes, tar_bytes
 
 MakeTar = Callable[..., str]
 A, B, C = image_bytes(1), image_bytes(2, "PNG"), image_bytes(3)

@@ -15,10 +15,10 @@ import fsspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from written_tars import image_bytes, tar_bytes
 
 from curator_embed.errors import MissingExtra, Reason, SourceError, UsageError
-from curator_embed.sources.files import (
+from curator_embed.sources.webdataset import find_shards, index_tars
+from curator_embed.storage.files import (
     exists,
     fingerprint,
     is_folder,
@@ -31,7 +31,7 @@ from curator_embed.sources.files import (
     redact,
     write_whole,
 )
-from curator_embed.sources.webdataset import find_shards, index_tars
+from tests.written_tars import image_bytes, tar_bytes
 
 
 class Server:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from curator_embed.decoding.pillow import Limits, decode
 from curator_embed.errors import CuratorEmbedError, ImageError, Reason, UsageError
-from curator_embed.execution.pipeline import Prepared
+from curator_embed.pipeline.pipeline import Prepared
 from curator_embed.steps import BatchStep, ImageStep, Step
 
 if TYPE_CHECKING:

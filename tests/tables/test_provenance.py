@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from curator_embed.execution.provenance import FOOTER_KEY, Footer, recorded_settings, status
 from curator_embed.steps import Step
+from curator_embed.tables.provenance import FOOTER_KEY, Footer, recorded_settings, status
 
 FINGERPRINT = {"size": 10, "mtime_ns": 5}
 

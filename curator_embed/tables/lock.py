@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 
 from curator_embed.errors import CuratorEmbedError, UsageError
-from curator_embed.execution.output import Location
-from curator_embed.sources.files import redact
+from curator_embed.storage.files import redact
+from curator_embed.storage.location import Location
 
 LIFETIME_S = 120.0
 RENEW_EVERY_S = 20.0

@@ -14,16 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
-from faulty_proxy import Fault, FaultyProxy
 
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.execution.run import RunStopped
 from curator_embed.sources.folder import find_images
-from curator_embed.sources.objects import ReadPolicy, read_many
 from curator_embed.sources.path_list import find_lines
-from curator_embed.sources.s3 import S3Options
-from curator_embed.sources.s3_store import GIVE_UP_AFTER, fast_bucket
+from curator_embed.storage.objects import ReadPolicy, read_many
+from curator_embed.storage.s3 import S3Options
+from curator_embed.storage.s3_store import GIVE_UP_AFTER, fast_bucket
+from tests.faulty_proxy import Fault, FaultyProxy
 from tests.shards import crops, write_dataset
 from tests.stub import ColourEmbedder
 

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from curator_embed.errors import MissingExtra, SourceError
-from curator_embed.execution import output
-from curator_embed.execution.output import (
+from curator_embed.storage.location import Location
+from curator_embed.tables.provenance import Footer
+from curator_embed.tables.writing import (
     ROW_GROUP_ROWS,
-    Location,
     NewColumn,
     TablePlan,
     TargetChanged,
@@ -26,7 +26,6 @@ from curator_embed.execution.output import (
     vectors_to_list_array,
     write_table,
 )
-from curator_embed.execution.provenance import Footer
 
 NOBODY = np.empty(0, dtype=np.int64)
 
@@ -180,7 +179,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(output.os, "fsync", full)
+    monkeypatch.setattr("curator_embed.tables.writing.os.fsync", full)
     location = Location.of(str(tmp_path / "0.parquet"))
     said = pytest.raises(SourceError, match=r"0\.parquet: the disk is full.*run the same command again")
     with said, replacing(location, None) as file:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from curator_embed.errors import Reason
-from curator_embed.execution.pipeline import OpenShard, Pipeline, PipelineClosed, Prepared, Vectors
 from curator_embed.execution.worker import _close
+from curator_embed.pipeline.pipeline import OpenShard, Pipeline, PipelineClosed, Prepared, Vectors
 from curator_embed.steps import BatchModel
 
 

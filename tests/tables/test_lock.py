@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from curator_embed.errors import UsageError
-from curator_embed.execution import lock as lock_module
-from curator_embed.execution.lock import LIFETIME_S, OutputLock, OutputLocked
-from curator_embed.execution.output import Location
+from curator_embed.storage.location import Location
+from curator_embed.tables import lock as lock_module
+from curator_embed.tables.lock import LIFETIME_S, OutputLock, OutputLocked
 
 HOLD = """
 import sys, time
-from curator_embed.execution.lock import OutputLock
-from curator_embed.execution.output import Location
+from curator_embed.tables.lock import OutputLock
+from curator_embed.storage.location import Location
 with OutputLock(Location.of(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -21,8 +21,8 @@ from typing import Any
 from fsspec import AbstractFileSystem, get_filesystem_class
 
 from curator_embed.errors import Reason, UsageError
-from curator_embed.sources.files import StorageOptions, filesystem, is_remote, local_path, redact
-from curator_embed.sources.s3_store import FastBucket, fast_bucket
+from curator_embed.storage.files import StorageOptions, filesystem, is_remote, local_path, redact
+from curator_embed.storage.s3_store import FastBucket, fast_bucket
 
 LOCAL_AHEAD = 4
 """Local reads that are queued for each thread."""

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curator_embed.execution.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
 from curator_embed.sources.tar import decode_name
+from curator_embed.tables.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
 
 
 def test_rows_out_of_order_find_their_samples() -> None:

@@ -9,11 +9,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from faulty_proxy import FaultyProxy
 
 from curator_embed.errors import Reason
-from curator_embed.sources.objects import ReadPolicy
 from curator_embed.sources.path_list import find_lines
+from curator_embed.storage.objects import ReadPolicy
+from tests.faulty_proxy import FaultyProxy
 
 pytest.importorskip("aiohttp", reason="reading http:// needs aiohttp")
 

@@ -1,0 +1,1 @@
+"""Reading, decoding and the model on one worker, overlapped."""

@@ -1,0 +1,1 @@
+"""Bytes from anywhere: local files, S3, GCS, Azure, HTTP; many small reads; what a row may name and what not."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
-from curator_embed.execution.job import ShardReport
+from curator_embed.execution.job import Fault, FaultKind, ShardReport
 from curator_embed.execution.messages import Messages
 from curator_embed.execution.planning import group_shards
 from curator_embed.execution.progress import Progress
@@ -491,12 +491,13 @@ class Driver:
 
     def _add(self, shard: ShardReport) -> None:
         """Count a shard. With ``on_error="raise"`` the failed rows of an earlier run count as this one's would."""
-        self.report.add(shard)
         if self.plan.job.on_error == "raise" and shard.skipped and shard.failed:
-            self.report.faults[shard.shard] = (
-                f"failed_rows: {shard.shard}: {shard.failed} of {shard.read} rows failed in the run that finished "
-                "this shard; use on_error='keep' or on_error='drop' to go on without them"
+            shard.fault = Fault(
+                FaultKind.FAILED_ROWS,
+                f"{shard.shard}: {shard.failed} of {shard.read} rows failed in the run that finished this shard; use "
+                "on_error='keep' or on_error='drop' to go on without them",
             )
+        self.report.add(shard)
 
     def _again(self, flight: _Flight) -> None:
         """Put a task's shards where they came from."""
@@ -538,14 +539,15 @@ class Driver:
             return
         self._set_aside(
             position,
+            FaultKind.KILLS_WORKERS,
             f"{self._deaths[position].total()} workers that had nothing but this shard to work on died, left or stayed "
             "paused. Look at the workers' logs (out of memory?); run again to retry it",
         )
 
-    def _set_aside(self, position: int, why: str) -> None:
+    def _set_aside(self, position: int, kind: FaultKind, why: str) -> None:
         shard = self.plan.shards[position]
         self._settled.add(position)
-        self.report.add(ShardReport(shard.name, fault=f"shard: {shard.image_source() or shard.name}: {why}"))
+        self.report.add(ShardReport(shard.name, fault=Fault(kind, f"{shard.image_source() or shard.name}: {why}")))
 
     def _count_kill(self) -> None:
         self._kills_in_a_row += 1
@@ -602,6 +604,7 @@ class Driver:
             return
         self._set_aside(
             position,
+            FaultKind.BREAKS_MODEL,
             f"what it holds breaks the model down, also with nothing beside it ({_text(error.cause)}). Look at its "
             "images, or at the model; run again to retry it",
         )

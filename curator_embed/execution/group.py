@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
-from curator_embed.execution.job import FailedRows, ShardJob, ShardReport
+from curator_embed.execution.job import FailedRows, Fault, FaultKind, ShardJob, ShardReport
 from curator_embed.execution.shard_run import ShardRun
 from curator_embed.pipeline.pipeline import Pipeline
 from curator_embed.sources.shard import Shard
@@ -92,8 +92,8 @@ def _reporting(number: int, run: ShardRun, reports: list[ShardReport | None], pi
     except (SourceError, UsageError) as error:
         if error is pipeline.fault:
             raise
-        kind = "failed_rows" if isinstance(error, FailedRows) else "shard"
-        reports[number] = ShardReport(run.shard.name, fault=f"{kind}: {error}", notes=run.report.notes)
+        kind = FaultKind.FAILED_ROWS if isinstance(error, FailedRows) else FaultKind.UNUSABLE
+        reports[number] = ShardReport(run.shard.name, fault=Fault(kind, str(error)), notes=run.report.notes)
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal
 
-from curator_embed.errors import UsageError
+from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.sources.shard import Note, Shard
 from curator_embed.steps import Step
 from curator_embed.tables.provenance import Footer, counted
@@ -33,6 +34,7 @@ class ShardJob:
         storage_options: for fsspec.
         must_see: files on local disks that a worker must find at these paths, or it is on another disk.
         not_needed: positions of steps whose columns every shard has already; their models are not loaded.
+        write_unreadable: write shards of which not one row was embedded, too: something else of the dataset was.
     """
 
     steps: tuple[Step, ...]
@@ -48,6 +50,7 @@ class ShardJob:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     must_see: tuple[str, ...] = ()
     not_needed: frozenset[int] = frozenset()
+    write_unreadable: bool = False
 
     @cached_property
     def recipes(self) -> tuple[dict[str, Any], ...]:
@@ -78,6 +81,26 @@ class ShardJob:
         return options
 
 
+class FaultKind(StrEnum):
+    """Why a shard was set aside."""
+
+    UNUSABLE = "unusable"  # its files cannot be used, or an error met it that nobody expected
+    FAILED_ROWS = "failed_rows"  # none of the shard's: ``on_error="raise"`` met rows that failed
+    KILLS_WORKERS = "kills_workers"  # workers that had nothing else to work on died
+    BREAKS_MODEL = "breaks_model"  # the model breaks down over it, also with nothing beside it
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a shard was set aside: ``kind`` for programs, ``message`` for people, whole as it stands."""
+
+    kind: FaultKind
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
 @dataclass
 class ShardReport:
     """What became of one shard's rows; sums up to the run's report."""
@@ -96,7 +119,7 @@ class ShardReport:
     decoders: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     queues: dict[str, dict[str, float]] = field(default_factory=dict)
-    fault: str = ""
+    fault: Fault | None = None
 
     @classmethod
     def of_finished(cls, shard: str, footer: Footer) -> ShardReport:
@@ -120,3 +143,9 @@ class ShardReport:
 
 class FailedRows(UsageError):
     """``on_error="raise"`` met rows that failed; the shard was not written."""
+
+
+class NothingReadable(CuratorEmbedError):
+    """Rows of a shard failed and none was embedded, so the shard was not written: as long as nothing else of the
+    dataset was embedded, it may be the source that is wrong (a forgotten ``root=``) and not the images.
+    """

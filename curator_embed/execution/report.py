@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from curator_embed.execution.job import ShardReport
+from curator_embed.execution.job import Fault, ShardReport
 from curator_embed.pipeline.pipeline import StageClock
 
 if TYPE_CHECKING:
@@ -16,16 +16,6 @@ if TYPE_CHECKING:
 
 MAX_LISTED = 50
 """Notes and faults kept in a report; the rest is counted."""
-
-
-FAILED_ROWS = "failed_rows"
-"""Kind of a fault that is none of the shard's: ``on_error="raise"`` met rows that failed."""
-
-
-def fault_parts(fault: str) -> tuple[str, str]:
-    """The kind of a fault, and the words for people."""
-    kind, colon, why = fault.partition(": ")
-    return (kind, why) if colon and kind in ("shard", FAILED_ROWS) else ("", fault)
 
 
 def bottleneck(loads: Mapping[str, float]) -> str:
@@ -89,7 +79,7 @@ class RunReport:
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     notes_left_out: int = 0
-    faults: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
     examples: list[tuple[str, str, str]] = field(default_factory=list)
     certificate: dict[str, Any] = field(default_factory=dict)
     stopped: bool = False
@@ -103,9 +93,10 @@ class RunReport:
 
     def add(self, shard: ShardReport) -> None:
         """Count one shard's rows."""
-        if shard.fault:
-            self.shards["failed"] += 1
+        if shard.fault is not None:
             self.faults[shard.shard] = shard.fault
+        if shard.fault is not None and not shard.skipped:
+            self.shards["failed"] += 1
         else:
             self.shards["skipped" if shard.skipped else "done"] += 1
             self.read += shard.read
@@ -205,7 +196,7 @@ class RunReport:
             "images_below": self.images_below,
             "settings": self.settings,
             "notes": self.notes + ([f"... and {self.notes_left_out} more"] if self.notes_left_out else []),
-            "faults": self.faults,
+            "faults": {shard: fault.message for shard, fault in self.faults.items()},
             "examples_of_failed_rows": [list(example) for example in self.examples],
             "certificate": self.certificate,
             "stopped": self.stopped,
@@ -253,5 +244,5 @@ class RunReport:
         hidden = len(self.notes[10:]) + self.notes_left_out
         if hidden:
             lines.append(f"note           ... and {hidden} more (see to_dict())")
-        lines += [f"set aside      {shard}: {fault_parts(fault)[1]}" for shard, fault in self.faults.items()]
+        lines += [f"set aside      {shard}: {fault}" for shard, fault in self.faults.items()]
         return "\n".join(lines)

@@ -27,8 +27,8 @@ from tqdm.auto import tqdm
 from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.driver import Driver
-from curator_embed.execution.job import ShardJob
-from curator_embed.execution.report import FAILED_ROWS, RunReport, fault_parts
+from curator_embed.execution.job import FaultKind, ShardJob
+from curator_embed.execution.report import RunReport
 from curator_embed.execution.survey import LACKS_COLUMNS, TO_PAIR_BY, Survey, look, survey
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.path_list import cut_otherwise
@@ -411,10 +411,10 @@ def _keep(report: RunReport, folder: Location) -> None:
 
 
 def _raise_for(report: RunReport) -> None:
-    faults = [(shard, *fault_parts(fault)) for shard, fault in sorted(report.faults.items())]
-    rows = [why for _, kind, why in faults if kind == FAILED_ROWS]
+    faults = sorted(report.faults.items())
+    rows = [fault for _, fault in faults if fault.kind is FaultKind.FAILED_ROWS]
     if rows:
-        raise RowsFailed("rows failed, under on_error='raise'", report, rows[0])
+        raise RowsFailed("rows failed, under on_error='raise'", report, rows[0].message)
     if report.stopped:
         raise RunStopped(
             f"stopped as asked with {report.shards['left']} shards left; run the same again to go on from there", report
@@ -422,14 +422,14 @@ def _raise_for(report: RunReport) -> None:
     if report.ended:
         raise RunStopped(report.ended, report)
     if faults:
-        shard, _, why = faults[0]
+        shard, fault = faults[0]
         count, total = len(faults), sum(report.shards.values())
         which = f"{count} of {total} shards could not be worked on; the others are finished"
         if count == total:
             which = (
                 "the shard could not be worked on" if total == 1 else f"none of the {total} shards could be worked on"
             )
-        raise RunStopped(which, report, f"{shard}: {why}")
+        raise RunStopped(which, report, f"{shard}: {fault}")
 
 
 @contextmanager

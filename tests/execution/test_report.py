@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from curator_embed.execution.report import bottleneck
+from curator_embed.execution.job import Fault, FaultKind, ShardReport
+from curator_embed.execution.report import RunReport, bottleneck
 from curator_embed.pipeline.pipeline import Gauge
 
 
@@ -30,3 +31,15 @@ def test_the_bottleneck_is_where_least_time_is_left(
     read: float, decode: float, model: float, write: float, found: str
 ) -> None:
     assert bottleneck({"read": read, "decode": decode, "model": model, "write": write}) == found
+
+
+def test_a_fault_is_a_value_in_python_and_text_in_json() -> None:
+    report = RunReport()
+    report.add(ShardReport("7", fault=Fault(FaultKind.UNUSABLE, "failed_rows: 7.tar: odd, but its name")))
+    report.add(
+        ShardReport("8", read=3, failed=1, embedded=2, skipped=True, fault=Fault(FaultKind.FAILED_ROWS, "1 row"))
+    )
+    assert {shard: fault.kind for shard, fault in report.faults.items()} == {"7": "unusable", "8": "failed_rows"}
+    assert report.to_dict()["faults"] == {"7": "failed_rows: 7.tar: odd, but its name", "8": "1 row"}
+    assert report.shards == {"done": 0, "skipped": 1, "failed": 1, "left": 0} and report.read == 3
+    assert "set aside      7: failed_rows: 7.tar" in str(report)

@@ -18,7 +18,7 @@ from distributed.scheduler import KilledWorker
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.execution import driver, messages, shard_run, worker
 from curator_embed.execution.group import run_group
-from curator_embed.execution.job import ShardReport
+from curator_embed.execution.job import Fault, FaultKind, ShardReport
 from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.shard_run import ShardRun
@@ -203,7 +203,7 @@ def test_what_both_tasks_give_back_is_handed_out_once(made: Any) -> None:
 
 
 def test_what_is_wrong_on_one_machine_does_not_call_off_the_other_try(made: Any) -> None:
-    sick = TaskReport("tcp://a:1", 1.0, [ShardReport("2", fault="shard: 2.tar: cannot be read")])
+    sick = TaskReport("tcp://a:1", 1.0, [ShardReport("2", fault=Fault(FaultKind.UNUSABLE, "2.tar: cannot be read"))])
     first, second = Task(sick), Task(told(2))
     hand_out(made, first, 2)
     hand_out(made, second, 2)
@@ -215,7 +215,7 @@ def test_what_is_wrong_on_one_machine_does_not_call_off_the_other_try(made: Any)
 
 def test_what_is_wrong_twice_is_the_shard(made: Any) -> None:
     """The first task hangs on: the shard is not tried for ever beside it."""
-    sick = TaskReport("tcp://b:1", 1.0, [ShardReport("2", fault="shard: 2.tar: cannot be read")])
+    sick = TaskReport("tcp://b:1", 1.0, [ShardReport("2", fault=Fault(FaultKind.UNUSABLE, "2.tar: cannot be read"))])
     first, second, third = Task(told(2)), Task(sick), Task(sick)
     hand_out(made, first, 2)
     for task in (second, third):

@@ -1,6 +1,8 @@
 """Two embedders of your own, on the demo's photographs: the short way and the long way.
 
     python examples/custom_embedder.py [FOLDER]
+
+FOLDER keeps what is written; without it, a temporary folder is used.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ from curator_embed.execution.shard_run import ShardRun
 from curator_embed.pipeline.engines import CpuEngine
 from curator_embed.pipeline.pipeline import Pipeline
 from curator_embed.sources.webdataset import find_shards
-from curator_embed.steps import BatchModel, Step
+from curator_embed.steps import BatchModel, Settings, Step
 
 
 class NormaliseOnly(BatchModel):
@@ -162,7 +162,7 @@ def main() -> None:
             files[-1].write_bytes(data)
         embedder = TimmImageEmbedder(
             arguments.model, num_threads_per_worker=arguments.threads, compile=arguments.compile, device="cpu"
-        ).settled(threads=cores)
+        ).settled(Settings(threads=cores))
         get_client("cpu")
         rows: dict[str, Callable[[], int]] = {
             "decode": lambda: decode_only(images, arguments.threads),

@@ -26,6 +26,7 @@ from benchmarks.stub import MeanColour, tiny_shards
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.embedders import TimmImageEmbedder
 from curator_embed.execution.clients import get_client
+from curator_embed.steps import Settings
 
 
 def shards(count: int, workers: int) -> None:
@@ -64,7 +65,7 @@ def bad_images(count: int, rounds: int) -> None:
     rng = random.Random(1)
     clean = encoded_images(count)
     embedder = TimmImageEmbedder("vit_base_patch32_clip_224.openai", num_threads_per_worker=2, device="cpu")
-    embedder = embedder.settled(threads=2)
+    embedder = embedder.settled(Settings(threads=2))
 
     def damaged(share: float) -> list[bytes]:
         kinds = [lambda d: d[: len(d) // 2], lambda d: b"<html>404</html>", lambda d: b"", lambda d: d[:100]]
@@ -90,7 +91,7 @@ def second_model(count: int, rounds: int) -> None:
     b = TimmImageEmbedder(
         "vit_tiny_patch16_224", num_threads_per_worker=2, device="cpu", compile=False, image_embedding_column="b"
     )
-    a, b = a.settled(threads=2), b.settled(threads=2)
+    a, b = a.settled(Settings(threads=2)), b.settled(Settings(threads=2))
     get_client("cpu")
     with tempfile.TemporaryDirectory() as scratch:
         folder = write_shards(Path(scratch) / "in", encoded_images(count))

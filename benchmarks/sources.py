@@ -34,6 +34,7 @@ from curator_embed.pipeline.pipeline import Pipeline
 from curator_embed.sources.path_list import find_lines
 from curator_embed.sources.shard import Shard
 from curator_embed.sources.webdataset import find_shards
+from curator_embed.steps import Settings
 from curator_embed.storage.objects import ReadPolicy
 from curator_embed.storage.s3 import S3Options
 
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
             "s3": (listed("s3://bucket", s3), "path"),
         }
         embedder = TimmImageEmbedder(given.model, num_threads_per_worker=given.threads, device="cpu").settled(
-            threads=cores
+            Settings(threads=cores)
         )
         rows: dict[str, Callable[[], int]] = {
             "decode": lambda: decode_only(images, given.threads),

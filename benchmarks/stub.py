@@ -41,14 +41,6 @@ class MeanColour(BatchStep):
         """One pixel."""
         return np.asarray(image.rgb.resize((1, 1)))
 
-    def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> MeanColour:
-        """Nothing to settle."""
-        return self
-
-    def on_device(self, device: str) -> MeanColour:
-        """Runs anywhere."""
-        return self
-
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         """The identity."""
         return _Identity()

@@ -1,26 +1,58 @@
-"""The vocabulary of work: a step adds columns.
+"""The vocabulary of work: a step adds columns, and this is all that a step may be asked.
 
-Embedders and hashes subclass these; execution runs them and knows nothing else about them.
+Embedders and hashes subclass these; execution runs them and knows nothing else about them. What has a default need not
+be overridden. Everything a run asks is here, so that a step that forgets something is told by the type checker and not
+treated another way in silence.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from curator_embed.datasets import ImageTextPairDataset
     from curator_embed.decoding.image import DecodedImage
+    from curator_embed.decoding.parity import ParityReport
+    from curator_embed.decoding.pillow import DecodeOptions
     from curator_embed.decoding.spec import PreprocessSpec
+
+Decoder = Literal["cpu", "dali"]
+"""What decodes the images: Pillow on the CPU, or DALI where the models are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run settles once, so that all its workers, and the runs that resume it, give the same bytes.
+
+    Attributes:
+        threads: of the forward pass on a CPU; None where it makes no difference or is not settled.
+        compile: whether the model is compiled; None to decide by the number of images.
+    """
+
+    threads: int | None = None
+    compile: bool | None = None
 
 
 class Step(ABC):
-    """Adds one or more columns to a dataset. Picklable; heavy state is built on the worker."""
+    """Adds one or more columns to a dataset. Picklable; heavy state is built on the worker.
+
+    A step is an ``ImageStep`` or a ``BatchStep``; a subclass of ``Step`` alone is refused, because nobody would know
+    what to show it.
+    """
+
+    column_argument: ClassVar[str] = ""
+    """The argument by which a caller gives the columns other names, for messages; empty where there is none."""
+
+    num_threads_per_worker: int | None = None
+    """Decode threads that a worker should have; a run takes the most that any of its steps asks for, or 4."""
 
     @abstractmethod
     def columns(self) -> dict[str, pa.DataType]:
@@ -33,8 +65,16 @@ class Step(ABC):
         Holds no time, no path and no host: the same recipe on the same samples gives the same bytes.
         """
 
+    def decode_options(self) -> DecodeOptions | None:
+        """How images must be decoded for this step; None where any way will do. Steps of one run must agree."""
+        return None
+
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
-        """Return a new dataset with this step pending."""
+        """Return a new dataset with this step pending.
+
+        Raises:
+            UsageError: the dataset cannot take it; see ``ImageTextPairDataset.with_step``.
+        """
         return dataset.with_step(self)
 
 
@@ -43,11 +83,33 @@ class ImageStep(Step):
 
     @abstractmethod
     def measure(self, image: DecodedImage) -> Mapping[str, Any]:
-        """Values of this step's columns for one image. Raise ImageError to fail the row."""
+        """Values of this step's columns for one image; a column that is left out is null. Raise ImageError to fail the
+        row."""
 
 
 class BatchStep(Step):
     """A step that needs batches on a device (embedders): ``prepare`` per image, ``load_model`` per worker."""
+
+    device: str | None = None
+    """The torch device that the caller asked for ("cpu", "cuda", "cuda:1"); None for a GPU where all workers have one.
+    Embedders of one run must agree."""
+
+    decoder: Literal["auto"] | Decoder = "auto"
+    """What the caller wants the images decoded with; "auto" for DALI where it runs beside the model on a GPU. Embedders
+    of one run must agree."""
+
+    batch_size: int = 64
+    """Images per forward pass, at most. A decoder that works in batches takes as many."""
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """Length of an embedding; None where that is not known before the model has run."""
+        return None
+
+    @property
+    def reads_own_shards(self) -> bool:
+        """Whether ``embed_shard`` is used, in the place of ``prepare`` and ``load_model``."""
+        return False
 
     @abstractmethod
     def prepare(self, image: DecodedImage) -> torch.Tensor:
@@ -57,23 +119,51 @@ class BatchStep(Step):
         """The preprocessing where ``prepare`` does that and nothing else, so that another decoder may do it instead."""
         return None
 
-    @abstractmethod
-    def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> BatchStep:
-        """A copy whose threads and compile are fixed for a whole run, so that all workers give the same bytes.
+    def on_device(self, device: str) -> Self:
+        """A copy whose recipe is for this torch device ("cpu", "cuda"); itself where that makes no difference."""
+        return self
+
+    def decoded_by(self, decoder: Decoder) -> Self:
+        """A copy whose recipe names this decoder, where ``decoder`` was "auto"; itself where it makes no difference."""
+        return self
+
+    def settled(self, settings: Settings, *, images: int | None = None) -> Self:
+        """A copy with what is fixed for a whole run, so that all workers give the same bytes.
 
         Args:
-            threads: of the forward pass on a CPU.
-            compile: take over this choice (a resumed run); None to decide now.
+            settings: a resumed run takes over those of the finished shards.
             images: how many will be embedded, to decide whether compiling repays; None when not known.
         """
+        return self
 
-    @abstractmethod
-    def on_device(self, device: str) -> BatchStep:
-        """A copy whose recipe is for this torch device ("cpu", "cuda")."""
+    def eager(self) -> Self:
+        """A copy whose model is ready at once, not compiled and not recorded: for a trial on a few images."""
+        return self
 
     @abstractmethod
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
-        """Build the model on this worker; called once per worker and configuration."""
+        """Build the model on this worker; called once per worker and configuration.
+
+        Args:
+            threads: of the forward pass on a CPU; what was settled goes before it.
+        """
+
+    def embed_shard(self, source: str, device: str, id_col: str) -> Iterable[tuple[Sequence[Any], np.ndarray]]:
+        """Read and embed one shard, where ``reads_own_shards``.
+
+        Args:
+            source: path or URL of the shard.
+            device: the torch device of the run.
+            id_col: the dataset's id column.
+
+        Returns:
+            batches of (n ids, embeddings (n, dim)).
+        """
+        raise NotImplementedError(f"{type(self).__name__} has reads_own_shards and no embed_shard")
+
+    def certify(self, images: Sequence[bytes]) -> ParityReport | None:
+        """Compare the preprocessing with its reference on encoded images; None where there is no reference."""
+        return None
 
 
 class BatchModel(ABC):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from curator_embed.decoding.image import DecodedImage
-from curator_embed.steps import BatchModel, BatchStep
+from curator_embed.steps import BatchModel, BatchStep, Settings
 
 
 class ColourModel(BatchModel):
@@ -50,13 +51,10 @@ class ColourEmbedder(BatchStep):
     def prepare(self, image: DecodedImage) -> Any:
         return np.asarray(image.rgb.resize((8, 8)))
 
-    def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> ColourEmbedder:
-        new = ColourEmbedder(self.column, self.batch_size, self.version, self.device)
-        new.threads = threads
+    def settled(self, settings: Settings, *, images: int | None = None) -> Self:
+        new = copy.copy(self)
+        new.threads = settings.threads
         return new
-
-    def on_device(self, device: str) -> ColourEmbedder:
-        return self
 
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         return ColourModel(self.batch_size)
@@ -68,11 +66,6 @@ class WaitingEmbedder(ColourEmbedder):
     def __init__(self, go: str | os.PathLike[str]) -> None:
         super().__init__()
         self.go = os.fspath(go)
-
-    def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> WaitingEmbedder:
-        new = WaitingEmbedder(self.go)
-        new.threads = threads
-        return new
 
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         while not os.path.exists(self.go):

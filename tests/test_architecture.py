@@ -6,6 +6,9 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
+
+import pytest
 
 import curator_embed
 
@@ -71,3 +74,49 @@ def test_rooms_import_only_what_they_may() -> None:
         if room in may and room != own and room not in may[own]
     ]
     assert not wrong
+
+
+ASKING = {"datasets", "execution", "pipeline", "cli", "report"}
+"""Rooms that know steps by their contract alone."""
+
+
+def test_steps_are_asked_by_their_contract_alone() -> None:
+    """Neither by ``getattr``, which takes a forgotten answer for a default, nor as ``Any``, which no checker sees."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno}: {ast.unparse(node)}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if room_of(path) in ASKING
+        for node in ast.walk(ast.parse(path.read_text()))
+        if asks_past_the_contract(node)
+    ]
+    assert not wrong
+
+
+def asks_past_the_contract(node: ast.AST) -> TypeGuard[ast.expr | ast.stmt]:
+    if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in ("getattr", "hasattr", "vars"):
+        return named_like_a_step(node.args[0])
+    if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation is not None:
+        name = node.arg if isinstance(node, ast.arg) else ast.unparse(node.target)
+        return ast.unparse(node.annotation) == "Any" and named_like_a_step(ast.Name(name))
+    return False
+
+
+def named_like_a_step(asked: ast.expr) -> bool:
+    return re.search(r"(?<![a-z])(step|embedder)s?(?![a-z])", ast.unparse(asked)) is not None
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("getattr(step, 'device', None)", True),
+        ("hasattr(self.job.steps[position], 'limits')", True),
+        ("getattr(type(the_embedder), 'certify')", True),
+        ("step: Any = job.steps[0]", True),
+        ("def eager(step: Any) -> Any: ...", True),
+        ("getattr(os, 'O_CLOEXEC', 0)", False),
+        ("getattr(stepwise, 'x')", False),
+        ("step: Step = job.steps[0]", False),
+    ],
+)
+def test_what_asking_past_the_contract_is(code: str, wrong: bool) -> None:
+    assert any(map(asks_past_the_contract, ast.walk(ast.parse(code)))) is wrong

@@ -22,9 +22,6 @@ class Pausing(ColourEmbedder):
 
     ran_on: ClassVar[set[str]] = set()
 
-    def settled(self, **settings: Any) -> Pausing:
-        return self
-
     def prepare(self, image: Any) -> Any:
         time.sleep(0.1)
         return super().prepare(image)

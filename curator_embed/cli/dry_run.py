@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from curator_embed.execution.worker import build_pipeline
+from curator_embed.steps import BatchStep, Step
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset
+    from curator_embed.execution.job import ShardJob
 
 TIMED_IMAGES = 64
 
@@ -75,7 +77,7 @@ def describe(dataset: ImageTextPairDataset, output: str | None, *, limit: int | 
     if todo and len(plan.job.not_needed) < len(plan.job.steps):  # else columns that are there are copied
         images = dataset.like([plan.shards[todo[0]]], ()).first_images(TIMED_IMAGES)
         # An eager model is a safe lower bound: compiling takes longer than this measurement.
-        job = dataclasses.replace(plan.job, steps=tuple(_eager(step) for step in plan.job.steps))
+        job = dataclasses.replace(plan.job, steps=tuple(map(_eager, plan.job.steps)))
         speed = _images_per_second(job, images) if images else None
     rows = plan.rows if plan.rows_known else None
     return DryRun(
@@ -91,12 +93,11 @@ def describe(dataset: ImageTextPairDataset, output: str | None, *, limit: int | 
     )
 
 
-def _eager(step: Any) -> Any:
-    settled = getattr(step, "settled", None)
-    return step if settled is None else settled(threads=step.recipe().get("threads") or 1, compile=False)
+def _eager(step: Step) -> Step:
+    return step.eager() if isinstance(step, BatchStep) else step
 
 
-def _images_per_second(job: Any, images: list[bytes]) -> float:
+def _images_per_second(job: ShardJob, images: list[bytes]) -> float:
     """Run images through a pipeline of their own, twice: the first time warms up."""
     pipeline = build_pipeline(job)
     wanted = [position for position in range(len(job.steps)) if position not in job.not_needed]

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from curator_embed.decoding.pillow import Limits
+from curator_embed.decoding.pillow import DecodeOptions, Limits
 from curator_embed.errors import UsageError
 from curator_embed.steps import ImageStep
 
@@ -78,6 +78,10 @@ class ImageHasher(ImageStep):
     def columns(self) -> dict[str, pa.DataType]:
         """A string column a kind."""
         return {kind: pa.string() for kind in self.kinds}
+
+    def decode_options(self) -> DecodeOptions:
+        """The limits and the turning that were asked for."""
+        return DecodeOptions(self.limits, self.honour_exif)
 
     def recipe(self) -> dict[str, Any]:
         """What determines the hashes; checksums have no size."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from curator_embed.decoding.image import DecodedImage, once
-from curator_embed.decoding.pillow import Limits
+from curator_embed.decoding.pillow import DecodeOptions, Limits
 from curator_embed.errors import UsageError
 from curator_embed.steps import ImageStep
 
@@ -58,6 +58,10 @@ class ImageProperties(ImageStep):
     def columns(self) -> dict[str, pa.DataType]:
         """A column a property, of the type ``PROPERTIES`` gives it."""
         return {self.prefix + name: PROPERTIES[name][0] for name in self.names}
+
+    def decode_options(self) -> DecodeOptions:
+        """The limits and the turning that were asked for."""
+        return DecodeOptions(self.limits, self.honour_exif)
 
     def recipe(self) -> dict[str, Any]:
         """What determines the values. A property does not depend on which others are measured, so names are left out:

@@ -22,6 +22,7 @@ from dask.delayed import delayed
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.job import ShardJob
+from curator_embed.execution.placing import place_on_workers
 from curator_embed.execution.run import make_plan
 from curator_embed.execution.worker import read_partition
 from curator_embed.execution.workers import cores_per_worker
@@ -71,8 +72,6 @@ def metadata_frame(dataset: ImageTextPairDataset) -> dd.DataFrame:
     """See ``ImageTextPairDataset.metadata``."""
     job = dataset.job(None)
     if job.steps:
-        from curator_embed.datasets.saving import place_on_workers
-
         with some_client() as client:
             job = place_on_workers(client, job)
             job = make_plan(dataset.shards, job, cores=cores_per_worker(client)).job
@@ -212,18 +211,18 @@ def assigned_columns(dataset: ImageTextPairDataset) -> dd.DataFrame | None:
 
 def _check_rows_and_columns(dataset: ImageTextPairDataset, added: Sequence[str]) -> None:
     """Refuse what a save would silently leave out: dropped rows, and new values in columns that were read."""
-    step: Any = dataset.metadata.expr if dataset.has_metadata else None
-    while type(step).__name__ in ("Assign", "Projection", "Filter", "DropnaFrame", "DropDuplicates", "Head", "Tail"):
-        if type(step).__name__ == "Assign":
-            again = [name for name in step.keys if name in dataset.metadata.columns and name not in added]
+    made: Any = dataset.metadata.expr if dataset.has_metadata else None
+    while type(made).__name__ in ("Assign", "Projection", "Filter", "DropnaFrame", "DropDuplicates", "Head", "Tail"):
+        if type(made).__name__ == "Assign":
+            again = [name for name in made.keys if name in dataset.metadata.columns and name not in added]
             if again:
                 raise UsageError(f"the metadata's column '{again[0]}' was assigned anew; use a new name for it")
-        elif type(step).__name__ != "Projection":
+        elif type(made).__name__ != "Projection":
             raise UsageError(
                 "the metadata has lost rows, but save_metadata() writes all of them; pass on_error='drop' to leave "
                 "failed rows out, or mark rows in a boolean column and write them with to_webdataset()"
             )
-        step = step.frame
+        made = made.frame
 
 
 def write_assigned(frame: dd.DataFrame, dataset: ImageTextPairDataset, job: ShardJob) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from curator_embed.errors import UsageError
 from curator_embed.execution.job import ShardJob
-from curator_embed.sources.shard import Shard
+from curator_embed.sources.shard import Shard, first_images
 from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import Step
 from curator_embed.storage.files import absolute
@@ -309,7 +309,7 @@ class ImageTextPairDataset:
         overwrite: bool = False,
     ) -> ShardJob:
         """The pending steps as a job for ``execution``, not yet placed on any device."""
-        threads = [step.num_threads_per_worker for step in self._steps if hasattr(step, "num_threads_per_worker")]
+        threads = [step.num_threads_per_worker for step in self._steps if step.num_threads_per_worker is not None]
         return ShardJob(
             steps=self._steps,
             id_col=self.id_col,
@@ -418,14 +418,7 @@ class ImageTextPairDataset:
 
     def first_images(self, count: int) -> list[bytes]:
         """The first ``count`` encoded images, in the order they are stored."""
-        found: list[bytes] = []
-        for shard in self._shards:
-            for sample in shard.samples(id_col=self.id_col):
-                if sample.image is not None:
-                    found.append(sample.image)
-                if len(found) >= count:
-                    return found
-        return found
+        return first_images(self._shards, self.id_col, count)
 
     def read_from(self, saved: ImageTextPairDataset) -> None:
         """After a save: this object reads from there as well, with nothing pending."""

@@ -43,6 +43,19 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """How a run's one decode is done: steps that share it must agree on this.
+
+    Attributes:
+        limits: guards against decompression bombs.
+        honour_exif: turn images as their EXIF orientation says.
+    """
+
+    limits: Limits = DEFAULT_LIMITS
+    honour_exif: bool = False
+
+
 def decode(encoded: bytes, limits: Limits = DEFAULT_LIMITS, *, honour_exif: bool = False) -> DecodedImage:
     """Decode the first frame of an image completely.
 

@@ -23,13 +23,13 @@ from PIL import Image, ImageOps
 
 from curator_embed.decoding import cpu
 from curator_embed.decoding.image import DecodedImage
-from curator_embed.decoding.pillow import Limits, decode
+from curator_embed.decoding.pillow import DecodeOptions, Limits, decode
 from curator_embed.decoding.reference import Transform, transform_of
 from curator_embed.decoding.spec import OpaqueTransform, PreprocessSpec, Spec, spec_from_transform
 from curator_embed.embedders.forward import CPU_BATCH, ForwardOptions, Model, ModelRunner, finish
 from curator_embed.embedders.weights import state_dict_sha256
 from curator_embed.errors import CuratorEmbedError, ImageError, Reason, UsageError
-from curator_embed.steps import BatchStep
+from curator_embed.steps import BatchStep, Decoder, Settings
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset
@@ -240,14 +240,33 @@ class ImageEmbedder(BatchStep):
         found: str | None = self._memory["weights"]
         return found
 
-    def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> Self:
+    def decode_options(self) -> DecodeOptions:
+        """The limits and the turning that were asked for."""
+        return DecodeOptions(self.limits, self.honour_exif)
+
+    def settled(self, settings: Settings, *, images: int | None = None) -> Self:
         """A copy whose threads and compile are fixed for a whole run; see ``BatchStep.settled``."""
+        compile = settings.compile
         if compile is None:
             compile = self.compile_repays(images) if self.compile == "auto" else bool(self.compile)
         fixed = copy.copy(self)
         # On a GPU the count says nothing about the result; one constant keeps recipes equal between machines.
-        fixed._threads, fixed.compile = (threads if self._is_cpu else None), compile
+        fixed._threads, fixed.compile = (settings.threads if self._is_cpu else None), compile
         return fixed
+
+    def decoded_by(self, decoder: Decoder) -> Self:
+        """A copy that names this decoder, where none was chosen: DALI's pixels differ a little from Pillow's."""
+        if self.decoder != "auto":
+            return self
+        decoded = copy.copy(self)
+        decoded.decoder = decoder
+        return decoded
+
+    def eager(self) -> Self:
+        """A copy that neither compiles nor records its model."""
+        plain = copy.copy(self)
+        plain.compile = plain.cuda_graphs = False
+        return plain
 
     def on_device(self, device: str) -> Self:
         """A copy for this device.
@@ -416,9 +435,7 @@ class ImageEmbedder(BatchStep):
         device = self._target_device
         key = device, self.batch_size, self._threads, self.dtype, self.normalize_embeddings, self.autocast
         if key not in self._models:
-            eager = copy.copy(self)
-            eager.compile = eager.cuda_graphs = False
-            self._models[key] = eager.load_model(device)
+            self._models[key] = self.eager().load_model(device)
         runner: ModelRunner = self._models[key]
         return runner
 

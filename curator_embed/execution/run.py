@@ -21,19 +21,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-from distributed import Client
 from tqdm.auto import tqdm
 
 from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
+from curator_embed.execution.certificate import certificates
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.driver import Driver
 from curator_embed.execution.job import FaultKind, ShardJob
+from curator_embed.execution.placing import place_on_workers
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.survey import LACKS_COLUMNS, TO_PAIR_BY, Survey, look, survey
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.path_list import cut_otherwise
 from curator_embed.sources.shard import Shard
-from curator_embed.steps import BatchStep, Step
+from curator_embed.steps import BatchStep, Settings, Step
 from curator_embed.storage.files import fingerprint, is_folder, is_remote, list_files, local_path, redact
 from curator_embed.storage.location import Location
 from curator_embed.tables.lock import OutputLock
@@ -161,14 +162,12 @@ def _first(*values: int | None) -> int | None:
 
 def _settle(step: Step, footers: Sequence[Any], cores: int, images: int | None) -> Step:
     """Fix threads and compile for a whole run; a resumed run takes over what finished shards used."""
-    if not isinstance(step, BatchStep) or getattr(step, "reads_own_shards", False):
+    if not isinstance(step, BatchStep) or step.reads_own_shards:
         return step
-    recorded = recorded_settings(footers, step)
-    return step.settled(
-        threads=int(recorded["threads"]) if recorded and recorded.get("threads") else cores,
-        compile=bool(recorded["compile"]) if recorded and recorded.get("compile") is not None else None,
-        images=images,
-    )
+    recorded = recorded_settings(footers, step) or {}
+    threads, compiled = recorded.get("threads"), recorded.get("compile")
+    settings = Settings(threads=int(threads or cores), compile=None if compiled is None else bool(compiled))
+    return step.settled(settings=settings, images=images)
 
 
 def _settings(step: Step) -> dict[str, Any]:
@@ -180,7 +179,7 @@ def _bytes_to_write(plan: RunPlan, tasks: int) -> int:
     """Embeddings hardly compress: rows x dim x item size, and the columns that are copied."""
     per_row = 0
     for step in plan.job.steps:
-        dim = getattr(step, "embedding_dim", None)
+        dim = step.embedding_dim if isinstance(step, BatchStep) else None
         for kind in step.columns().values():
             per_row += (dim or 0) * kind.value_type.bit_width // 8 if pa.types.is_list(kind) else 16
     total = plan.rows * per_row
@@ -265,8 +264,7 @@ def execute(
     *,
     limit: int | None = None,
     progress: bool = True,
-    place: Callable[[Client, ShardJob], ShardJob],
-    certificate: dict[str, Any] | None = None,
+    certify: bool = False,
     afterwards: Callable[[ShardJob], None] | None = None,
 ) -> tuple[RunReport, RunPlan]:
     """Carry a job out on the current Dask client, or on one in-process worker.
@@ -274,8 +272,7 @@ def execute(
     Args:
         limit: only the first so many rows.
         progress: show a progress bar.
-        place: chooses device and engine once the workers are known.
-        certificate: figures to keep with the report.
+        certify: compare the embedders' preprocessing with their models' own first; the report keeps the figures.
         afterwards: what else is done to the finished output while nobody else may write it.
 
     Raises:
@@ -293,14 +290,15 @@ def execute(
     with ExitStack() as stack:
         locks = [stack.enter_context(OutputLock(target, part)) for target in targets]
         client = stack.enter_context(some_client())
-        job = dataclasses.replace(place(client, job), must_see=_must_see(shards[0], locks[0]))
+        job = dataclasses.replace(place_on_workers(client, job), must_see=_must_see(shards[0], locks[0]))
         tasks = sum(client.nthreads().values())
         plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
         check_plan(plan)
         for target in targets:
             clear_temporaries(target, own)
         notes = [*_carried_over(job, shards), *_read_elsewhere(plan, folder)]
-        report = RunReport(settings=plan.settings, certificate=certificate or {}, notes=notes)
+        certificate = certificates(plan.job, shards) if certify else {}
+        report = RunReport(settings=plan.settings, certificate=certificate, notes=notes)
         report.images_below = shards[0].images_below
         report.output = redact(job.output or job.target(shards[0]).rpartition("/")[0])
         started = time.perf_counter()

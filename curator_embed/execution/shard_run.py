@@ -217,10 +217,10 @@ class ShardRun:
 
         An id that it gives fewer times than there are samples of it is left out: which of them it means is not guessed.
         """
-        step: Any = self.job.steps[position]
+        step = self.job.steps[position]
         source = self.shard.image_source()
         found: dict[str, list[np.ndarray]] = {}
-        if source is None:
+        if source is None or not isinstance(step, BatchStep):
             return found
         for ids, vectors in step.embed_shard(source, self.job.device, self.job.id_col):
             if len(ids) != len(vectors):
@@ -427,4 +427,4 @@ class ShardRun:
 
 
 def _reads_itself(step: Step) -> bool:
-    return bool(getattr(step, "reads_own_shards", False))
+    return isinstance(step, BatchStep) and step.reads_own_shards

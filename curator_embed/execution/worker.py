@@ -45,9 +45,7 @@ def build_pipeline(job: ShardJob, on_images: Callable[[int], None] | None = None
     models = {
         position: step.load_model(job.device, job.model_threads)
         for position, step in enumerate(job.steps)
-        if isinstance(step, BatchStep)
-        and not getattr(step, "reads_own_shards", False)
-        and position not in job.not_needed
+        if isinstance(step, BatchStep) and not step.reads_own_shards and position not in job.not_needed
     }
     return Pipeline(
         build_engine(job),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from curator_embed.decoding.pillow import Limits, decode
+from curator_embed.decoding.pillow import DecodeOptions, decode
 from curator_embed.errors import CuratorEmbedError, ImageError, Reason, UsageError
 from curator_embed.pipeline.pipeline import Prepared
 from curator_embed.steps import BatchStep, ImageStep, Step
@@ -29,7 +29,7 @@ class CpuEngine:
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = tuple(steps)
-        self.limits, self.honour_exif = decode_options(steps)
+        self.options = agreed_decode(steps)
         self._told: set[tuple[type, type]] = set()
 
     def prepare(self, encoded: Sequence[bytes], wanted: Sequence[tuple[int, ...]]) -> list[Prepared]:
@@ -39,7 +39,7 @@ class CpuEngine:
     def _one(self, encoded: bytes, positions: tuple[int, ...]) -> Prepared:
         result = Prepared()
         try:
-            image = decode(encoded, self.limits, honour_exif=self.honour_exif)
+            image = decode(encoded, self.options.limits, honour_exif=self.options.honour_exif)
         except ImageError as error:
             result.error = error.reason
             return result
@@ -90,15 +90,15 @@ class DaliEngine:
         self._pillow = CpuEngine(steps)
         specs = {position: spec for position, step in enumerate(steps) if (spec := _spec_for_dali(step)) is not None}
         self._positions = tuple(specs)
-        batches = [batch for step in steps if isinstance(batch := getattr(step, "batch_size", None), int)]
+        batches = [step.batch_size for step in steps if isinstance(step, BatchStep)]
         self.chunk = min(max(batches, default=64), self.MOST_AT_A_TIME)
         self._decoder = DaliDecoder(
             tuple(specs.values()),
             device=device,
             batch_size=self.chunk,
             threads=threads,
-            honour_exif=self._pillow.honour_exif,
-            limits=self._pillow.limits,
+            honour_exif=self._pillow.options.honour_exif,
+            limits=self._pillow.options.limits,
         )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="beside-dali")
 
@@ -152,19 +152,21 @@ def _spec_for_dali(step: Step) -> PreprocessSpec | None:
     return spec if spec is not None and spec.interpolation in FILTERS else None
 
 
-def decode_options(steps: Sequence[Step]) -> tuple[Limits, bool]:
-    """What the steps ask of the one decode they share; steps that disagree are an error."""
-    asked: dict[tuple[Any, bool], str] = {}
+def agreed_decode(steps: Sequence[Step]) -> DecodeOptions:
+    """What the steps ask of the one decode they share.
+
+    Raises:
+        UsageError: they ask for different ones.
+    """
+    asked: dict[DecodeOptions, str] = {}
     for step in steps:
-        limits = getattr(step, "limits", None)
-        if limits is not None:
-            asked.setdefault((limits, bool(getattr(step, "honour_exif", False))), type(step).__name__)
+        options = step.decode_options()
+        if options is not None:
+            asked.setdefault(options, type(step).__name__)
     if len(asked) > 1:
         raise UsageError(
             "all steps of a run share one decode, but they ask for different ones: "
-            + "; ".join(f"{name}: {limits}, honour_exif={exif}" for (limits, exif), name in asked.items())
+            + "; ".join(f"{name}: {it.limits}, honour_exif={it.honour_exif}" for it, name in asked.items())
             + ". Give them the same limits and honour_exif, or save one before adding the other"
         )
-    for limits, exif in asked:
-        return limits, exif
-    return Limits(), False
+    return next(iter(asked), DecodeOptions())

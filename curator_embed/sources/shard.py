@@ -5,7 +5,7 @@ execution knows only this page.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,3 +142,15 @@ class Shard(ABC):
     def notes(self) -> list[Note]:
         """What the last pass over ``samples`` noticed."""
         return []
+
+
+def first_images(shards: Sequence[Shard], id_col: str, count: int) -> list[bytes]:
+    """The first ``count`` encoded images of some shards, in the order they are stored."""
+    found: list[bytes] = []
+    for shard in shards:
+        for sample in shard.samples(id_col=id_col):
+            if sample.image is not None:
+                found.append(sample.image)
+            if len(found) >= count:
+                return found
+    return found

@@ -36,11 +36,6 @@ class GatedEmbedder(ColourEmbedder):
         super().__init__()
         self.folder = folder
 
-    def settled(self, *, threads: int, compile: bool | None = None, images: int | None = None) -> GatedEmbedder:
-        new = GatedEmbedder(self.folder)
-        new.threads = threads
-        return new
-
     def load_model(self, device: str, threads: int | None = None) -> GatedModel:
         return GatedModel(self.batch_size, self.folder)
 

@@ -292,9 +292,6 @@ class Waits(ColourEmbedder):
         Waits.go_on.wait(30)
         return super().prepare(image)
 
-    def settled(self, **settings: Any) -> Waits:
-        return self
-
 
 def test_two_runs_at_once_on_one_output(source: Path, tmp_path: Path) -> None:
     first: list[Any] = []
@@ -330,9 +327,6 @@ class Fails(ColourEmbedder):
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         Fails.loaded += 1
         return OutOfOrder()
-
-    def settled(self, **settings: Any) -> Fails:
-        return self
 
 
 def test_an_error_in_the_model_ends_the_run(tmp_path: Path, wheel_photos: list[Path]) -> None:

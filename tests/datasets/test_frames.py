@@ -42,9 +42,6 @@ class Transient(ColourEmbedder):
     def load_model(self, device: str, threads: int | None = None) -> FailsOnce:
         return FailsOnce(self.batch_size)
 
-    def settled(self, **settings: Any) -> Transient:
-        return self
-
 
 def test_an_error_in_the_model_is_not_kept(source: Path) -> None:
     FailsOnce.failed = False

@@ -23,6 +23,7 @@ from curator_embed.decoding.spec import PreprocessSpec
 from curator_embed.embedders import ImageEmbedder
 from curator_embed.embedders.base import IMAGENET
 from curator_embed.errors import CuratorEmbedError, ImageError, Reason, UsageError
+from curator_embed.steps import Settings
 
 TINY = PreprocessSpec("squash", (4, 4), (4, 4), "bilinear", (0.5,) * 3, (0.5,) * 3)
 
@@ -211,15 +212,15 @@ def test_a_gpu_works_in_its_own_batch_and_precision() -> None:
 
 def test_settling_fixes_threads_and_compile_of_a_copy() -> None:
     embedder = Seeded("mine", device="cpu")
-    settled = embedder.settled(threads=2)
+    settled = embedder.settled(Settings(2))
     assert (settled.recipe()["threads"], settled.recipe()["compile"]) == (2, False)
     assert embedder.recipe()["threads"] is None
-    assert embedder.settled(threads=1, compile=True).recipe()["compile"] is True
-    assert Seeded("mine", compile=True, device="cpu").settled(threads=1).recipe()["compile"] is True
+    assert embedder.settled(Settings(1, compile=True)).recipe()["compile"] is True
+    assert Seeded("mine", compile=True, device="cpu").settled(Settings(1)).recipe()["compile"] is True
     assert settled.load_model("cpu", 7).options.threads == 2
     assert embedder.load_model("cpu", 1).options.threads == 1
     # On a GPU the number of CPU threads has no say.
-    assert embedder.on_device("cuda").settled(threads=2).recipe()["threads"] is None
+    assert embedder.on_device("cuda").settled(Settings(2)).recipe()["threads"] is None
 
 
 def test_a_worker_with_other_weights_is_stopped() -> None:
@@ -362,7 +363,7 @@ def test_certify_compares_with_the_spelt_out_transform(wheel_photos: list[Path])
 def test_cuda_graphs_are_in_the_recipe_where_they_are_asked_for() -> None:
     """And leave recipes of before the option as they were."""
     with_graphs = Seeded("mine", cuda_graphs=True).on_device("cuda")
-    assert with_graphs.settled(threads=1).recipe()["cuda_graphs"] is True
+    assert with_graphs.settled(Settings(1)).recipe()["cuda_graphs"] is True
     assert "cuda_graphs" not in Seeded("mine").on_device("cuda").recipe()
 
 

@@ -22,6 +22,7 @@ from curator_embed.embedders import timm as timm_room
 from curator_embed.embedders.lite0 import MODEL, efficientnet_lite0_weights
 from curator_embed.embedders.timm import COMPILE_REPAYS_AFTER
 from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.steps import Settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has random weights")
 
@@ -95,8 +96,8 @@ def test_compiling_repays_for_convolutions_on_a_cpu_over_many_images(monkeypatch
     assert not convolutional.compile_repays(None)
     assert not transformer.compile_repays(many)
     assert not convolutional.on_device("cuda").compile_repays(many)
-    assert convolutional.settled(threads=2, images=many).recipe()["compile"] is True
-    assert TimmImageEmbedder("test_resnet", compile=False).settled(threads=2, images=many).compile is False
+    assert convolutional.settled(Settings(2), images=many).recipe()["compile"] is True
+    assert TimmImageEmbedder("test_resnet", compile=False).settled(Settings(2), images=many).compile is False
     monkeypatch.setattr(timm_room, "cpu_compiler_found", lambda: False)
     assert not convolutional.compile_repays(many)
 

@@ -30,9 +30,6 @@ class Fussy(ColourEmbedder):
         super().__init__()
         self.refused = refused
 
-    def settled(self, **settings: Any) -> Fussy:
-        return self
-
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         return FussyModel(self.batch_size, self.refused)
 

@@ -21,11 +21,11 @@ pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra: cuda13 
 
 from curator_embed import get_client, load_embeddings
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.datasets.saving import engine_for
 from curator_embed.decoding.image import DecodedImage
 from curator_embed.embedders import TimmImageEmbedder
 from curator_embed.embedders.lite0 import MODEL, efficientnet_lite0_weights
 from curator_embed.errors import Reason, UsageError
+from curator_embed.execution.placing import engine_for
 from curator_embed.pipeline.engines import CpuEngine, DaliEngine
 from curator_embed.pipeline.pipeline import Pipeline, Prepared
 from curator_embed.steps import BatchModel, ImageStep, Step

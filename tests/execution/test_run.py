@@ -15,7 +15,7 @@ import pytest
 from curator_embed import get_client
 from curator_embed.datasets import ImageTextPairDataset, saving
 from curator_embed.errors import CuratorEmbedError, UsageError
-from curator_embed.execution import run
+from curator_embed.execution import placing, run
 from curator_embed.execution.run import RowsFailed, RunStopped
 from curator_embed.storage.location import Location
 from curator_embed.tables.lock import OutputLock, OutputLocked
@@ -134,4 +134,4 @@ def test_a_cluster_without_workers_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     scheduler, cluster = SimpleNamespace(address="tcp://10.0.0.1:8786"), SimpleNamespace(plan={0, 1, 2})
     empty: Any = SimpleNamespace(nthreads=dict, submit=lambda *a, **k: Never(), scheduler=scheduler, cluster=cluster)
     with pytest.raises(CuratorEmbedError, match=r"tcp://10.0.0.1:8786 has no worker"):
-        saving.place_on_workers(empty, None)  # type: ignore[arg-type]
+        placing.place_on_workers(empty, None)  # type: ignore[arg-type]

@@ -39,9 +39,6 @@ class Hanging(ColourEmbedder):
     first: ClassVar[list[str]] = []
     hung: ClassVar[list[str]] = []
 
-    def settled(self, **settings: Any) -> Hanging:
-        return self
-
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         Hanging.first.append(get_worker().address)
         self.hangs = get_worker().address == Hanging.first[0]

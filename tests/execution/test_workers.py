@@ -14,8 +14,7 @@ import pytest
 from distributed import Client, LocalCluster, get_worker
 from distributed.comm import CommClosedError
 
-from curator_embed.datasets import saving
-from curator_embed.execution import driver, messages, worker, workers
+from curator_embed.execution import driver, messages, placing, worker, workers
 from curator_embed.execution.run import RunStopped
 from curator_embed.execution.worker import METRICS, PipelineKeeper
 from curator_embed.steps import BatchModel
@@ -146,9 +145,6 @@ class Counting(ColourEmbedder):
 
     others: ClassVar[list[int]] = []
 
-    def settled(self, **settings: Any) -> Counting:
-        return self
-
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         Counting.others.append(len(PipelineKeeper.of(get_worker()).pipelines()))
         return super().load_model(device, threads)
@@ -176,10 +172,10 @@ def test_a_cluster_where_not_all_see_a_gpu_works_on_the_cpu_and_says_so(
     Client.current().wait_for_workers(2)
     first = min(Client.current().nthreads())
 
-    def sees(dask_worker: Any) -> bool:
-        return bool(dask_worker.address == first)
+    def gpus(dask_worker: Any) -> int:
+        return int(dask_worker.address == first)
 
-    monkeypatch.setattr(saving, "_sees_gpu", sees)
+    monkeypatch.setattr(placing, "_gpus", gpus)
     save(ColourEmbedder(), source, tmp_path / "out")
     assert "1 of 2 workers see no GPU" in caplog.text
 
@@ -266,9 +262,6 @@ class OnlyOne(ColourEmbedder):
 
     good: str = ""
     failed: ClassVar[set[str]] = set()
-
-    def settled(self, **settings: Any) -> OnlyOne:
-        return self
 
     def load_model(self, device: str, threads: int | None = None) -> BatchModel:
         if get_worker().address != self.good:

@@ -53,12 +53,12 @@ def test_odd_shapes_and_modes(shapes: dict[str, DecodedImage]) -> None:
     assert_equal_to_imagehash(shapes, ALL)
 
 
-def test_every_format_and_many_photographs(shared_photos: dict[str, DecodedImage]) -> None:
-    assert_equal_to_imagehash(shared_photos, (*QUICK, "colorhash"))
+def test_every_format_and_many_photographs(many_photos: dict[str, DecodedImage]) -> None:
+    assert_equal_to_imagehash(many_photos, (*QUICK, "colorhash"))
 
 
-def test_crop_resistant_on_shared_photographs(shared_photos: dict[str, DecodedImage]) -> None:
-    some = dict(list(shared_photos.items())[::12])
+def test_crop_resistant_on_many_photographs(many_photos: dict[str, DecodedImage]) -> None:
+    some = dict(list(many_photos.items())[::12])
     assert_equal_to_imagehash(some, ("crop_resistant",))
 
 

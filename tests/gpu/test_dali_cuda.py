@@ -90,9 +90,9 @@ def test_embeddings_are_those_of_timms_transform(photos: list[bytes], name: str)
     assert float(torch.nn.functional.cosine_similarity(a, b).min()) >= 0.999
 
 
-def test_every_file_of_the_collection_has_the_cpu_engines_outcome(shared_data: Path) -> None:
+def test_every_file_of_the_collection_has_the_cpu_engines_outcome(format_files: list[Path]) -> None:
     embedder = TimmImageEmbedder("resnet18.a1_in1k", device="cuda")
-    encoded = [path.read_bytes() for path in sorted((shared_data / "formats").rglob("*")) if path.is_file()]
+    encoded = [path.read_bytes() for path in format_files]
     wanted = [(0,)] * len(encoded)
     by_cpu = CpuEngine([embedder]).prepare(encoded, wanted)
     by_dali = DaliEngine([embedder], device="cuda", threads=4).prepare(encoded, wanted)

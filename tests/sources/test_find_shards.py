@@ -96,7 +96,7 @@ def test_braces() -> None:
     assert expand_braces("plain") == ["plain"]
 
 
-def test_real_folder(shared_data: Path) -> None:
-    shards = find_shards(shared_data / "clip_retrieval" / "test_tars")
+def test_real_folder(clip_tars: list[Path]) -> None:
+    shards = find_shards(clip_tars[0].parent)
     assert [shard.name for shard in shards] == ["image1", "image2", "image3", "image4"]
     assert sum(len(shard.keys(id_col="key")) for shard in shards) == 11

@@ -253,8 +253,8 @@ def test_what_is_no_tar(data: bytes, says: str) -> None:
     assert caught.value.remedy
 
 
-def test_real_tars(shared_data: Path) -> None:
-    for path in sorted((shared_data / "clip_retrieval" / "test_tars").glob("*.tar")):
+def test_real_tars(clip_tars: list[Path]) -> None:
+    for path in clip_tars:
         with tarfile.open(path) as archive:
             expected = [Member(m.name, m.offset_data, m.size) for m in archive if m.isreg()]
         assert list(TarScan(InMemory(path.read_bytes()))) == expected

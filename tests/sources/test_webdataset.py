@@ -295,13 +295,12 @@ def test_stored_samples_are_byte_for_byte(make_tar: MakeTar) -> None:
     assert stored == {"0": (("JPG", A), ("txt", b"\xff\x00")), "2": (("seg.png", B), ("jpg", C)), "1": (("cls", b"3"),)}
 
 
-def test_real_tars(shared_data: Path) -> None:
-    images = {p.stem: p.read_bytes() for p in (shared_data / "clip_retrieval" / "test_images").glob("*.jpg")}
-    for path in sorted((shared_data / "clip_retrieval" / "test_tars").glob("*.tar")):
+def test_real_tars(clip_tars: list[Path], clip_images: dict[str, bytes]) -> None:
+    for path in clip_tars:
         samples, notes = read(str(path))
         assert samples
         assert notes == []
-        assert all(images[sample.key] == sample.image for sample in samples)
+        assert all(clip_images[sample.key] == sample.image for sample in samples)
 
 
 # --- tables from extras --------------------------------------------------------------------------

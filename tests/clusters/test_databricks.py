@@ -23,7 +23,6 @@ DRIVER = f"{NETWORK}.251.1"  # port 8786 of an address of its own
 @pytest.fixture
 def databricks_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The environment of a driver node, and what its init script starts."""
-    pytest.importorskip("dask_databricks", reason="needs the extra: databricks")
     monkeypatch.setenv("SPARK_LOCAL_IP", DRIVER)
     monkeypatch.delenv("MASTER", raising=False)
     with LocalCluster(
@@ -66,7 +65,6 @@ def test_outside_of_databricks_the_error_says_where_it_works(tmp_path: Path, mon
 
 
 def test_a_single_node_cluster_is_sent_to_the_local_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("dask_databricks", reason="needs the extra: databricks")
     monkeypatch.setenv("SPARK_LOCAL_IP", DRIVER)
     monkeypatch.setenv("MASTER", "local[8]")
     with pytest.raises(UsageError, match="cluster: local"):
@@ -74,7 +72,6 @@ def test_a_single_node_cluster_is_sent_to_the_local_kind(tmp_path: Path, monkeyp
 
 
 def test_a_driver_without_the_init_script_is_told_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("dask_databricks", reason="needs the extra: databricks")
     import dask
 
     nobody = f"{NETWORK}.251.2"

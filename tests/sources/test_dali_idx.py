@@ -183,7 +183,6 @@ def test_nothing_beside_the_tar(make_tar: MakeTar) -> None:
 
 
 def test_dali_reads_what_is_written(make_tar: MakeTar) -> None:
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     from nvidia.dali import fn, pipeline_def
 
     path = make_tar([*WEBDATASET, ("folder/with.dots.jpg", image_bytes(9))])

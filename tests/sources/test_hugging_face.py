@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,8 +19,6 @@ from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import UsageError
 from tests.shards import crops, write_dataset
 from tests.stub import ColourEmbedder
-
-huggingface_hub = pytest.importorskip("huggingface_hub")
 
 
 class StandIn(AbstractFileSystem):
@@ -145,7 +144,8 @@ def test_a_dataset_that_is_not_there(hub: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("with_ids", [True, False])
 def test_names_of_classes_stay(client: Client, tmp_path: Path, wheel_photos: list[Path], with_ids: bool) -> None:
     """What ``datasets`` wrote, it reads with the same features, and the new columns as what they are."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     rows: dict[str, Any] = {
         "image": [{"bytes": image, "path": None} for image in crops(wheel_photos[0], 3, size=32)],

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import moto.server as moto_server
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 
 from curator_embed.cli import main
 from tests.shards import crops
-
-moto_server = pytest.importorskip("moto.server", reason="moto's server is not installed")
-s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
 
 COMMAND = [sys.executable, "-c", "from curator_embed.cli import main; main()"]
 REPO = Path(__file__).resolve().parents[2]

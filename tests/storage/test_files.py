@@ -92,7 +92,6 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
     running = Server()
     yield running
     running.http.shutdown()

@@ -15,8 +15,6 @@ from curator_embed.sources.path_list import find_lines
 from curator_embed.storage.objects import ReadPolicy
 from tests.faulty_proxy import FaultyProxy
 
-pytest.importorskip("aiohttp", reason="reading http:// needs aiohttp")
-
 NAMES = ("plain.jpg", "a b.jpg", "a%20b.jpg", "50%.jpg", "x?y=1.jpg", "x#y.jpg", "ünï/日本.jpg", "plus+.jpg")
 
 

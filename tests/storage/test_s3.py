@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from email.message import Message
 from pathlib import Path
 
+import moto.server as moto_server
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from distributed import Client
 
 from curator_embed.datasets import ImageTextPairDataset
@@ -26,10 +28,6 @@ from curator_embed.storage.s3_store import GIVE_UP_AFTER, fast_bucket
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.shards import crops, write_dataset
 from tests.stub import ColourEmbedder
-
-moto_server = pytest.importorskip("moto.server", reason="moto's server is not installed")
-pytest.importorskip("obstore", reason="obstore is not installed")
-s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
 
 SECRET = "wJalrXUtnHUNTER2"
 

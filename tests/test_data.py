@@ -49,7 +49,7 @@ def test_vectors_and_heads_are_what_the_page_says() -> None:
 
 
 def test_no_test_skips_for_want_of_files_or_packages() -> None:
-    """Tests read nothing beside the checkout, and the lock installs what they import. A machine with a GPU may be bare."""
+    """The lock installs what tests import, and they read nothing beside the checkout. GPU machines may be bare."""
     optional = re.compile(r"importorskip\(|REPO\.parent|parents\[[3-9]\]")
     tests = [path for path in (REPO / "tests").rglob("*.py") if path.parent.name != "gpu" and path != Path(__file__)]
     assert not [path.name for path in tests if optional.search(path.read_text())]

@@ -24,6 +24,7 @@ class Reason(StrEnum):
     READ_ERROR = "read_error"  # the bytes could not be read from disk or network
     NOT_FOUND = "not_found"  # a list names the image, and there is no such file or object
     AMBIGUOUS_ID = "ambiguous_id"  # an id occurs n times in the table and m times among the samples
+    BAD_VECTOR = "bad_vector"  # the embedding is zero, infinite or not a number: the model cannot do with this image
     EMBED_ERROR = "embed_error"  # a step failed on this image, or a custom embedder returned nothing for the row
 
 
@@ -58,6 +59,13 @@ class SourceError(CuratorEmbedError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.problem}. {self.remedy}"
+
+
+class StepError(CuratorEmbedError):
+    """A step does not do what it says, on any shard and any machine: it ends the run.
+
+    The message names the step and the column.
+    """
 
 
 class ImageError(CuratorEmbedError):

@@ -116,6 +116,14 @@ Properties = Annotated[
         "--properties", help="Add columns image_width, image_format, image_brightness, image_blur, ...: see the docs."
     ),
 ]
+Prefix = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Begin the names of the columns of --hash and --properties with this. Without it hashes have their plain "
+        "names, and properties begin with image_.",
+    ),
+]
 
 
 @app.command()
@@ -163,6 +171,7 @@ def embed(
     hash: Hashes = None,
     hash_size: HashSize = 8,
     properties: Properties = False,
+    prefix: Prefix = None,
     compile: Annotated[
         Compile, typer.Option(help="Compile the model: pays on runs of many thousand images.")
     ] = Compile.auto,
@@ -196,7 +205,7 @@ def embed(
     image is missing or broken are kept, with the reason in the column image_error. A run that was interrupted
     goes on where it stopped when the same command is given again.
     """
-    measured = _column_steps(hash or [], hash_size, properties)
+    measured = _column_steps(hash or [], hash_size, properties, prefix)
     wanted = _models(model, column)
     files = _weights(weights or [], [name for _, name in wanted])
     where.check()
@@ -256,6 +265,7 @@ def columns(
     hash: Hashes = None,
     hash_size: HashSize = 8,
     properties: Properties = False,
+    prefix: Prefix = None,
     on_error: Annotated[
         OnError, typer.Option(help="Rows whose image fails: keep them with a reason, drop them, or end the run.")
     ] = OnError.keep,
@@ -274,7 +284,7 @@ def columns(
     All columns come from one decode of each image, and columns that are already there are not computed again:
     'columns SRC --hash phash --properties' works on a dataset with embeddings as well as on one without.
     """
-    steps = _column_steps(hash or [], hash_size, properties)
+    steps = _column_steps(hash or [], hash_size, properties, prefix)
     if not steps:
         raise UsageError("nothing to compute: give --hash KIND (several times for several) or --properties")
     pending: ImageTextPairDataset = source.open(src, output=output)
@@ -418,12 +428,14 @@ def version(
         raise typer.Exit
 
 
-def _column_steps(hashes: list[str], hash_size: int, properties: bool) -> list[Step]:
+def _column_steps(hashes: list[str], hash_size: int, properties: bool, prefix: str | None) -> list[Step]:
     """The image steps that the options ask for."""
     from curator_embed.columns import ImageHasher, ImageProperties
 
-    steps: list[Step] = [ImageHasher(hashes, hash_size)] if hashes else []
-    return [*steps, ImageProperties()] if properties else steps
+    steps: list[Step] = [ImageHasher(hashes, hash_size, prefix=prefix or "")] if hashes else []
+    if properties:
+        steps.append(ImageProperties() if prefix is None else ImageProperties(prefix=prefix))
+    return steps
 
 
 def _models(given: list[str], column: str) -> list[tuple[str, str]]:

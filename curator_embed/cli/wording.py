@@ -26,6 +26,7 @@ RENAMED = {
 PHRASES = {
     "cluster_type='gpu'": "--gpu",
     "cluster_type='cpu'": "the command without --gpu",
+    "image_embedding_column=...": "--column NAME, or --model MODEL=NAME",
 }
 
 _KEYWORD = re.compile(

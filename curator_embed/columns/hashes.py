@@ -29,7 +29,7 @@ Bits = NDArray[np.bool_]
 
 
 class ImageHasher(ImageStep):
-    """Adds one string column a kind, named after it: hashes as imagehash writes them, checksums in hexadecimal.
+    """Adds one string column per kind, named after it: hashes as imagehash writes them, checksums in hexadecimal.
 
     All kinds see the pixels as RGB (16-bit images scaled to 8 bits) and share one decode with every other step.
     ``docs/columns.md`` says what each kind is good for and what it costs.
@@ -44,10 +44,13 @@ class ImageHasher(ImageStep):
             fixed sizes.
         honour_exif: turn images as their EXIF says before hashing. Steps of one run must agree on this.
         max_image_pixels: images with more are not decoded (``too_large``); None for Pillow's own limit.
+        prefix: goes before every column's name.
 
     Raises:
         UsageError: an unknown or repeated kind, or a size that a kind cannot have.
     """
+
+    column_argument = "prefix"
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class ImageHasher(ImageStep):
         *,
         honour_exif: bool = False,
         max_image_pixels: int | None = None,
+        prefix: str = "",
     ) -> None:
         self.kinds = _checked_kinds(kinds)
         if not isinstance(hash_size, int) or hash_size < 2:
@@ -63,6 +67,7 @@ class ImageHasher(ImageStep):
         if "whash" in self.kinds and hash_size & (hash_size - 1):
             raise UsageError(f"whash needs a hash_size that is a power of two, not {hash_size}")
         self.hash_size, self.honour_exif, self.max_image_pixels = hash_size, honour_exif, max_image_pixels
+        self.prefix = prefix
         self.limits = Limits() if max_image_pixels is None else Limits(max_image_pixels, max_image_pixels)
 
     def __call__(self, dataset: ImageTextPairDataset) -> ImageTextPairDataset:
@@ -70,14 +75,18 @@ class ImageHasher(ImageStep):
         for kind in self.kinds:
             dataset = dataset.with_step(
                 ImageHasher(
-                    (kind,), self.hash_size, honour_exif=self.honour_exif, max_image_pixels=self.max_image_pixels
+                    (kind,),
+                    self.hash_size,
+                    honour_exif=self.honour_exif,
+                    max_image_pixels=self.max_image_pixels,
+                    prefix=self.prefix,
                 )
             )
         return dataset
 
     def columns(self) -> dict[str, pa.DataType]:
         """A string column a kind."""
-        return {kind: pa.string() for kind in self.kinds}
+        return {self.prefix + kind: pa.string() for kind in self.kinds}
 
     def decode_options(self) -> DecodeOptions:
         """The limits and the turning that were asked for."""
@@ -101,7 +110,7 @@ class ImageHasher(ImageStep):
         Raises:
             ImageError: the pixels cannot be had as RGB.
         """
-        return {kind: HASH_KINDS[kind](image, self.hash_size) for kind in self.kinds}
+        return {self.prefix + kind: HASH_KINDS[kind](image, self.hash_size) for kind in self.kinds}
 
     def __repr__(self) -> str:
         return f"ImageHasher({self.kinds!r}, hash_size={self.hash_size})"

@@ -43,6 +43,8 @@ class ImageProperties(ImageStep):
         UsageError: an unknown or repeated name.
     """
 
+    column_argument = "prefix"
+
     def __init__(
         self,
         names: Sequence[str] | None = None,

@@ -19,6 +19,7 @@ import pandas as pd
 import pyarrow as pa
 from dask.delayed import delayed
 
+from curator_embed.datasets.pending import taken_columns
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.job import ShardJob
@@ -210,7 +211,15 @@ def assigned_columns(dataset: ImageTextPairDataset) -> dd.DataFrame | None:
 
 
 def _check_rows_and_columns(dataset: ImageTextPairDataset, added: Sequence[str]) -> None:
-    """Refuse what a save would silently leave out: dropped rows, and new values in columns that were read."""
+    """Refuse what a save would silently leave out (dropped rows, new values in columns that were read), and values in
+    the place of images or reasons."""
+    taken = taken_columns(dataset.shards, dataset.id_col)
+    for name in added:
+        if name in taken and name != dataset.id_col:
+            raise UsageError(
+                f"the metadata's new column '{name}' would replace the column that holds {taken[name]}; assign it "
+                "under another name"
+            )
     made: Any = dataset.metadata.expr if dataset.has_metadata else None
     while type(made).__name__ in ("Assign", "Projection", "Filter", "DropnaFrame", "DropDuplicates", "Head", "Tail"):
         if type(made).__name__ == "Assign":

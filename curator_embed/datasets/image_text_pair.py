@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from curator_embed.datasets.pending import check_step, taken_columns
 from curator_embed.errors import UsageError
 from curator_embed.execution.job import ShardJob
 from curator_embed.sources.shard import Shard, first_images
@@ -259,15 +260,10 @@ class ImageTextPairDataset:
         """A new dataset with one more pending step.
 
         Raises:
-            UsageError: a pending step already writes a column of that name.
+            UsageError: it is of no known kind, or would write a column that is not its own: the ids, the images,
+                ``image_error``, or one that another pending step writes.
         """
-        taken = {name for pending in self._steps for name in pending.columns()}
-        doubled = [name for name in step.columns() if name in taken]
-        if doubled:
-            raise UsageError(
-                f"two steps would write the column '{doubled[0]}'; give one of them another column name "
-                "(image_embedding_column=...)"
-            )
+        check_step(step, self._steps, taken_columns(self._shards, self.id_col))
         return self.like(self._shards, (*self._steps, step))
 
     def like(self, shards: Sequence[Shard], steps: Sequence[Step]) -> ImageTextPairDataset:

@@ -79,6 +79,8 @@ class ImageEmbedder(BatchStep):
         UsageError: an argument does not make sense; the message says which.
     """
 
+    column_argument = "image_embedding_column"
+
     def __init__(
         self,
         model_name: str = "custom",

@@ -20,7 +20,7 @@ import pyarrow as pa
 from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.execution.job import FailedRows, ShardJob, ShardReport
 from curator_embed.execution.survey import survey, table_fingerprint
-from curator_embed.execution.values import embedded_values, image_values, own_values
+from curator_embed.execution.values import embedded_values, image_values, own_values, unsound_ordinals, vector_dtype
 from curator_embed.pipeline.pipeline import OpenShard, Pipeline
 from curator_embed.sources.shard import Note, Sample, Shard
 from curator_embed.steps import BatchStep, Step
@@ -176,7 +176,7 @@ class ShardRun:
         """
         assert self.opened is not None
         try:
-            own = {p: self._run_own_reader(p) for p in self.todo if _reads_itself(self.job.steps[p])}
+            own = {p: self._run_own_reader(p, self.opened) for p in self.todo if _reads_itself(self.job.steps[p])}
             self.opened.wait()
             failpoint("shard.embedded")
             with self.pipeline.clock.timing("write"):
@@ -202,7 +202,7 @@ class ShardRun:
         """As ``finish``, but returns the table instead of writing it."""
         assert self.opened is not None
         try:
-            own = {p: self._run_own_reader(p) for p in self.todo if _reads_itself(self.job.steps[p])}
+            own = {p: self._run_own_reader(p, self.opened) for p in self.todo if _reads_itself(self.job.steps[p])}
             self.opened.wait()
             return collect_table(self._plan(self.opened, own))
         finally:
@@ -212,7 +212,7 @@ class ShardRun:
         """Let go of the pipeline; values that are still on their way are dropped."""
         self._stack.close()
 
-    def _run_own_reader(self, position: int) -> dict[str, list[np.ndarray]]:
+    def _run_own_reader(self, position: int, opened: OpenShard) -> dict[str, list[np.ndarray]]:
         """Embeddings by id from an embedder that reads shards itself (``load_dataset_shard`` overridden).
 
         An id that it gives fewer times than there are samples of it is left out: which of them it means is not guessed.
@@ -228,10 +228,15 @@ class ShardRun:
                     f"{type(step).__name__} gave {len(vectors)} embeddings for {len(ids)} ids of {source}; "
                     "load_dataset_shard must yield as many ids as images"
                 )
+            with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and that is seen
+                vectors = np.asarray(vectors, vector_dtype(step))
             for sample_id, vector in zip(ids, vectors, strict=True):
                 found.setdefault(normalise_key(str(sample_id), self.numeric), []).append(vector)
         there = Counter(self.keys)
-        return {key: vectors for key, vectors in found.items() if len(vectors) >= there[key]}
+        found = {key: vectors for key, vectors in found.items() if len(vectors) >= there[key]}
+        for ordinal in unsound_ordinals(found, self.keys):
+            opened.errors.setdefault(ordinal, Reason.BAD_VECTOR)
+        return found
 
     def _plan(self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]) -> TablePlan:
         """Pair values with rows, count, and say what the output table is."""
@@ -400,7 +405,9 @@ class ShardRun:
                 elif isinstance(step, BatchStep):
                     columns[name] = NewColumn(kind, embedded_values(opened, position, sample_of_row, kind))
                 else:
-                    columns[name] = NewColumn(kind, image_values(opened, position, name, sample_of_row, kind))
+                    columns[name] = NewColumn(
+                        kind, image_values(step, name, opened, position, sample_of_row, self.keys)
+                    )
         codes = pa.array(errors, pa.string())
         columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: codes.take(pa.array(rows)))
         return columns

@@ -20,10 +20,11 @@ from typing import Any
 import pyarrow as pa
 from distributed import Worker, get_worker
 
-from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.errors import CuratorEmbedError, StepError, UsageError
 from curator_embed.execution.group import run_group
 from curator_embed.execution.job import ShardJob, ShardReport
 from curator_embed.execution.shard_run import ShardRun
+from curator_embed.execution.values import vector_dtype
 from curator_embed.pipeline.engines import CpuEngine, DaliEngine
 from curator_embed.pipeline.pipeline import DecodeEngine, Pipeline, PipelineClosed, StageClock
 from curator_embed.sources.shard import Shard
@@ -52,6 +53,7 @@ def build_pipeline(job: ShardJob, on_images: Callable[[int], None] | None = None
         models,
         [position for position in range(len(job.steps)) if position not in models and position not in job.not_needed],
         threads=job.decode_threads,
+        dtypes={position: vector_dtype(job.steps[position]) for position in models},
         on_images=on_images,
     )
 
@@ -373,7 +375,8 @@ def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None
                 giving_back=lambda: keeper.asked_back(task),
             )
         except Exception as error:
-            if error is pipeline.fault and not isinstance(error, PipelineClosed):
+            # What the step itself does wrong is no fault of the worker or of a shard.
+            if error is pipeline.fault and not isinstance(error, PipelineClosed | StepError):
                 raise _unfit(worker, error, had_begun=True) from error
             raise
         finally:

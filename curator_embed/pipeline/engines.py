@@ -6,12 +6,12 @@ Pillow one image at a time, or DALI a batch at a time with Pillow beside it for 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from curator_embed.decoding.pillow import DecodeOptions, decode
-from curator_embed.errors import CuratorEmbedError, ImageError, Reason, UsageError
+from curator_embed.errors import CuratorEmbedError, ImageError, Reason, StepError, UsageError
 from curator_embed.pipeline.pipeline import Prepared
 from curator_embed.steps import BatchStep, ImageStep, Step
 
@@ -30,6 +30,7 @@ class CpuEngine:
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = tuple(steps)
         self.options = agreed_decode(steps)
+        self._columns = [frozenset(step.columns()) for step in steps]
         self._told: set[tuple[type, type]] = set()
 
     def prepare(self, encoded: Sequence[bytes], wanted: Sequence[tuple[int, ...]]) -> list[Prepared]:
@@ -50,7 +51,7 @@ class CpuEngine:
                 if isinstance(step, BatchStep):
                     result.tensors[position] = step.prepare(image)
                 elif isinstance(step, ImageStep):
-                    result.values[position] = step.measure(image)
+                    result.values[position] = self._checked(position, step.measure(image))
             except ImageError as error:
                 result.error = result.error or error.reason
             except CuratorEmbedError:
@@ -59,6 +60,24 @@ class CpuEngine:
                 result.error = result.error or Reason.EMBED_ERROR
                 self._tell(step, error)
         return result
+
+    def _checked(self, position: int, values: Any) -> Mapping[str, Any]:
+        """What an image step gave, once it is seen that all of it has a column.
+
+        Raises:
+            StepError: it has not.
+        """
+        own = self._columns[position]
+        if isinstance(values, Mapping) and values.keys() <= own:
+            return values
+        name = type(self.steps[position]).__name__
+        if not isinstance(values, Mapping):
+            raise StepError(f"{name}.measure must give values by column, a dict, and gave {type(values).__name__}")
+        foreign = next(key for key in values if key not in own)
+        raise StepError(
+            f"{name}.measure gave a value for {foreign!r}, which is no column of its own ({', '.join(sorted(own))}). "
+            "Correct the key, or name it in columns()"
+        )
 
     def _tell(self, step: Step, error: Exception) -> None:
         kind = type(step), type(error)

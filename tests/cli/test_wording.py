@@ -26,7 +26,6 @@ PYTHON_ONLY = {
     "key",
     "max_shards",  # of to_webdataset, which no command calls
     "old_id_col",
-    "prefix",
     "samples_per_shard",
 }
 """Keywords in messages that no command can lead to."""
@@ -46,6 +45,11 @@ PYTHON_ONLY = {
         ("metadata_path='/x/y'. Nothing", "--metadata /x/y. Nothing"),
         ("columns= chooses others", "--keep-column chooses others"),
         ("cluster_type='gpu' needs one", "--gpu needs one"),
+        (
+            "another column name (image_embedding_column=...)",
+            "another column name (--column NAME, or --model MODEL=NAME)",
+        ),
+        ("another column name (prefix=...)", "another column name (--prefix ...)"),
         ("Without DALI goes decoder='cpu'; ", "Without DALI goes --decoder cpu; "),
         ("with limit=5.", "with --limit 5."),
         # not the command's to say

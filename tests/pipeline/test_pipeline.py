@@ -26,7 +26,7 @@ class NumberModel(BatchModel):
     def __call__(self, images: Sequence[int]) -> np.ndarray:
         time.sleep(self.delay)
         self.batches.append(len(images))
-        return np.array([[number, -number] for number in images], np.float32)
+        return np.array([[number, -number - 1] for number in images], np.float32)
 
 
 class NumberEngine:
@@ -74,7 +74,7 @@ def test_every_image_comes_out_where_it_belongs(chunk: int, threads: int) -> Non
     pipeline.close()
     assert opened.errors == {n: Reason.EMPTY for n in range(150) if n % 7 == 3}
     assert present.tolist() == [False] + [n % 7 != 3 for n in range(150)]
-    assert all(vectors[n + 1].tolist() == [n, -n] for n in range(150) if n % 7 != 3)
+    assert all(vectors[n + 1].tolist() == [n, -n - 1] for n in range(150) if n % 7 != 3)
     assert sum(1 for size in model.batches if size < 4) <= 1, "only the last batch is partial"
 
 

@@ -88,7 +88,7 @@ def describe(dataset: ImageTextPairDataset, output: str | None, *, limit: int | 
         bytes_free=plan.bytes_free,
         images_per_second=speed,
         seconds=rows / speed if rows is not None and speed else None,
-        conflicts=[f"{path}: {why}" for path, why in plan.conflicts()],
+        conflicts=[str(conflict) for conflict in plan.conflicts()],
         settings=plan.settings,
     )
 

@@ -147,9 +147,9 @@ def describe_dataset(dataset: ImageTextPairDataset, path: str, kind: str) -> Dat
                 found.columns = {item.name: str(item.type) for item in schema}
             footer = Footer.of(schema)
             for name, made in footer.columns.items():
-                recipes.setdefault(name, Counter())[canonical_json(made.get("recipe", {}))] += 1
-            sums.update({key: value for key, value in footer.counts.items() if isinstance(value, int)})
-            reasons.update(footer.counts.get("reasons", {}))
+                recipes.setdefault(name, Counter())[canonical_json(made.recipe)] += 1
+            sums.update({key: value for key, value in footer.accounted().items() if isinstance(value, int)})
+            reasons.update(footer.accounted().get("reasons", {}))
     found.made = {
         name: [{"recipe": json.loads(text), "files": count} for text, count in counter.most_common()]
         for name, counter in recipes.items()

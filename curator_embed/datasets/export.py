@@ -6,9 +6,9 @@ so that every new shard is written on its own, in parallel.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
-import json
 import math
 import os
 import tarfile
@@ -32,6 +32,7 @@ from curator_embed.execution.worker import read_partition
 from curator_embed.sources.shard import Shard
 from curator_embed.storage.files import absolute, exists, fingerprint
 from curator_embed.storage.location import Location
+from curator_embed.tables.bookkeeping import Bookkeeping
 from curator_embed.tables.lock import OutputLock
 from curator_embed.tables.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
 from curator_embed.tables.provenance import Footer
@@ -186,7 +187,7 @@ def export(
             added,
         )
         check_writable(folder)
-        with OutputLock(folder), Progress(report.kept, progress) as bar:
+        with OutputLock(Bookkeeping.of(folder)), Progress(report.kept, progress) as bar:
             _prepare_folder(folder, job, {f"{number:0{max_shards}d}" for number in range(len(plans))}, overwrite)
             waiting = iter(enumerate(plans))
 
@@ -275,16 +276,16 @@ def _prepare_folder(folder: Location, job: _Job, ours: set[str], overwrite: bool
 
     A tar says nothing about its origin, so the folder remembers what was begun in it.
     """
-    begun = Location(folder.fs, f"{folder.path.rstrip('/')}/_curator_embed/export.json")
+    book = Bookkeeping.of(folder)
     names = _shard_files(folder)
     if names:
-        try:
-            former = json.loads(begun.fs.cat_file(begun.path))["export"]
-        except FileNotFoundError:
+        begun = book.read("export.json")
+        if not isinstance(begun, dict):
             raise UsageError(
                 f"{folder.path} already holds shards that no export has written ({names[0]}); they are left as they "
                 "are. Export into a new folder"
-            ) from None
+            )
+        former = begun.get("export")
         if former != job.made_from:
             if not overwrite:
                 raise UsageError(
@@ -300,7 +301,7 @@ def _prepare_folder(folder: Location, job: _Job, ours: set[str], overwrite: bool
                 "a new folder"
             )
     clear_temporaries(folder)
-    begun.fs.pipe_file(begun.path, json.dumps({"export": job.made_from}).encode())
+    book.write("export.json", {"export": job.made_from})
 
 
 def _shard_files(folder: Location) -> list[str]:
@@ -387,12 +388,11 @@ def _write_rows(
     footers = [Footer.of(table.schema) for table in tables]
     table = pa.concat_tables(tables, promote_options="permissive")
     stored = {**fingerprint(tar.fs.unstrip_protocol(tar.path) if not tar.is_local else tar.path, job.storage_options)}
-    samples = {**stored, "ids": ids_digest(new_ids)}
     columns = {
-        name: {**made, "samples": samples}
+        name: dataclasses.replace(made, samples=stored, ids=ids_digest(new_ids), pairing={"id_col": KEY})
         for name, made in footers[0].columns.items()
         if name in table.column_names
-        and all(footer.columns.get(name, {}).get("recipe") == made.get("recipe") for footer in footers)
+        and all(name in footer.columns and footer.columns[name].recipe == made.recipe for footer in footers)
     }
     old, keys = table.column(job.id_col), pa.array(new_ids, pa.string())
     if KEY in table.column_names:

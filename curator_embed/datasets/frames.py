@@ -6,6 +6,7 @@ data frame backend is "cudf": nulls, integers and lists stay what they are.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.shard import Shard
 from curator_embed.storage.location import Location
 from curator_embed.tables.pairing import ids_as_text, pair
-from curator_embed.tables.provenance import ERROR_COLUMN, Footer
+from curator_embed.tables.provenance import ERROR_COLUMN, Entry, Footer
 from curator_embed.tables.writing import NewColumn, TablePlan, write_table
 
 if TYPE_CHECKING:
@@ -277,8 +278,8 @@ def _write_one(part: Any, shard: Shard, job: ShardJob, kinds: pa.Schema) -> int:
         name: NewColumn(table.schema.field(name).type, _taking(table.column(name).combine_chunks(), positions))
         for name in names
     }
-    made = {name: {"recipe": ASSIGNED, "samples": {}} for name in names}
-    footer = Footer({**footer.columns, **made}, footer.counts, footer.output, footer.id_col, footer.table)
+    made = {name: Entry(ASSIGNED) for name in names}
+    footer = dataclasses.replace(footer, columns={**footer.columns, **made})
     empty = np.empty(0, dtype=np.int64)
     return write_table(TablePlan(target, None, np.arange(len(ids)), None, empty, columns, footer), target, token)
 
@@ -304,7 +305,7 @@ ASSIGNED = {"step": "assigned"}
 
 
 def _recipe(footer: Footer, name: str) -> Any:
-    return footer.columns.get(name, {}).get("recipe")
+    return footer.columns[name].recipe if name in footer.columns else None
 
 
 def _taking(column: pa.Array | pa.ChunkedArray, positions: pa.Array) -> Any:

@@ -141,7 +141,7 @@ class Driver:
         """Work off the plan's open shards."""
         for position, found in enumerate(self.plan.surveys):
             if found.done:
-                self._add(ShardReport.of_finished(self.plan.shards[position].name, found.footer))
+                self._add(self.plan.finished(position))
         finished_before = self.report.read
         todo = self.plan.todo
         if not todo:

@@ -26,7 +26,7 @@ class ShardJob:
         output: folder of a new dataset, or None to add columns in place.
         select: the input's columns a new dataset gets (None: all).
         on_error: what happens to rows without an embedding.
-        overwrite: replace columns that came from elsewhere or were made another way.
+        overwrite: make everything anew, whatever is there.
         engine: which decode engine ("cpu": Pillow; "dali": DALI, on ``device``).
         device: where the models run, as torch names it.
         decode_threads: decode threads a worker.
@@ -34,6 +34,8 @@ class ShardJob:
         storage_options: for fsspec.
         must_see: files on local disks that a worker must find at these paths, or it is on another disk.
         not_needed: positions of steps whose columns every shard has already; their models are not loaded.
+        state: where bookkeeping lies, as the user chose; None for the usual place.
+        dimensions: lengths of the vectors of finished shards, by column.
         write_unreadable: write shards of which not one row was embedded, too: something else of the dataset was.
     """
 
@@ -50,7 +52,9 @@ class ShardJob:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     must_see: tuple[str, ...] = ()
     not_needed: frozenset[int] = frozenset()
-    write_unreadable: bool = False
+    state: str | None = None
+    dimensions: Mapping[str, int] = field(default_factory=dict)
+    write_unreadable: bool = True  # until the driver hands such shards out again: then False
 
     @cached_property
     def recipes(self) -> tuple[dict[str, Any], ...]:
@@ -122,13 +126,21 @@ class ShardReport:
     fault: Fault | None = None
 
     @classmethod
-    def of_finished(cls, shard: str, footer: Footer) -> ShardReport:
-        """The report of a shard that an earlier run finished, from its footer."""
-        counts = footer.counts
-        report = cls(shard, skipped=True, reasons=dict(counts.get("reasons", {})))
-        report.read, report.embedded = counts.get("read", 0), counts.get("embedded", 0)
-        report.failed, report.no_image = counts.get("failed", 0), counts.get("no_image", 0)
+    def of_finished(cls, shard: str, footer: Footer, *, with_dropped: bool = False) -> ShardReport:
+        """The report of a shard that an earlier run finished, from its footer.
+
+        Args:
+            with_dropped: count the rows that its output was made without as well.
+        """
+        report = cls(shard, skipped=True)
+        report.take(footer.accounted() if with_dropped else footer.counts)
         return report
+
+    def take(self, counts: Mapping[str, Any]) -> None:
+        """Take over counts as ``counts`` gives them."""
+        self.read, self.embedded = counts.get("read", 0), counts.get("embedded", 0)
+        self.failed, self.no_image = counts.get("failed", 0), counts.get("no_image", 0)
+        self.reasons = dict(counts.get("reasons", {}))
 
     def counts(self) -> dict[str, Any]:
         """The part that is stored in the footer, so that a resumed run can account for this shard."""

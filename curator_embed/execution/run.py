@@ -6,7 +6,7 @@ Reads footers and sizes only; the shards themselves are the workers' (``driver.p
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
 import os
 import secrets
 import shutil
@@ -27,18 +27,23 @@ from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
 from curator_embed.execution.certificate import certificates
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.driver import Driver
-from curator_embed.execution.job import FaultKind, ShardJob
+from curator_embed.execution.job import FaultKind, ShardJob, ShardReport
 from curator_embed.execution.placing import place_on_workers
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.survey import LACKS_COLUMNS, TO_PAIR_BY, Survey, look, survey
+from curator_embed.execution.survey import look, survey
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.path_list import cut_otherwise
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Settings, Step
 from curator_embed.storage.files import fingerprint, is_folder, is_remote, list_files, local_path, redact
-from curator_embed.storage.location import Location
+from curator_embed.storage.location import Location, Token
+from curator_embed.tables.bookkeeping import Bookkeeping
+from curator_embed.tables.conflicts import Conflict, ConflictKind
+from curator_embed.tables.judge import Judgement
 from curator_embed.tables.lock import OutputLock
-from curator_embed.tables.provenance import Footer, recorded_settings
+from curator_embed.tables.overwriting import Overwriting
+from curator_embed.tables.provenance import SETTLED_PER_RUN, counted, recorded_settings
+from curator_embed.tables.shard_table import Seen, ShardTable
 from curator_embed.tables.writing import clear_temporaries
 
 _REPORT = "report-"
@@ -47,7 +52,10 @@ SURVEY_THREADS = {"local": 2, "remote": 16}
 """Threads that read footers: from a local disk more than two only wait for each other."""
 
 
-_TWICE = "holds rows of this run under another name: the list has changed, or the number of images a file"
+_TWICE = (
+    "already contains some of this run's rows under another name; the list or the number of images per file has changed"
+)
+_TWICE_REMEDY = "Remove it, or write into another folder"
 
 
 class RunStopped(CuratorEmbedError):
@@ -78,34 +86,51 @@ class RunPlan:
         bytes_to_write: estimate of what the output takes, None when rows are not known.
         bytes_free: on the output's disk; None where that has no meaning (object stores).
         overlapping: files in the output that hold rows of these shards under other names.
+        versions: of every shard's file as it is now, by shard; None where there is none.
     """
 
     job: ShardJob
     shards: list[Shard]
-    surveys: list[Survey]
+    surveys: list[Judgement]
     rows: int = 0
     rows_known: bool = True
     bytes_to_write: int | None = None
     bytes_free: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     overlapping: list[str] = field(default_factory=list)
+    versions: dict[str, Token | None] = field(default_factory=dict)
 
     @property
     def todo(self) -> list[int]:
         """Positions of the shards that are not done."""
         return [position for position, found in enumerate(self.surveys) if not found.done]
 
-    def conflicts(self) -> list[tuple[str, str]]:
-        """(file, why) for rows that would be there twice, and for every shard that must not be written as asked."""
-        return [(path, _TWICE) for path in self.overlapping] + [
-            (self.job.target(shard), found.conflict)
-            for shard, found in zip(self.shards, self.surveys, strict=True)
-            if found.conflict
-        ]
+    def finished(self, position: int) -> ShardReport:
+        """The report of a shard that is done, from its footer; rows are counted where it does not say."""
+        shard, found = self.shards[position], self.surveys[position]
+        report = ShardReport.of_finished(shard.name, found.footer, with_dropped=self.job.output is not None)
+        if not found.footer.counts:
+            report.take(ShardTable.open(self.job.target(shard), self.job.storage_options).counts())
+        return report
+
+    def conflicts(self) -> list[Conflict]:
+        """Rows that would be there twice, and every shard that must not be written as asked."""
+        twice = [Conflict(ConflictKind.CUT_OTHERWISE, path, _TWICE, _TWICE_REMEDY) for path in self.overlapping]
+        return twice + [found.conflict for found in self.surveys if found.conflict is not None]
+
+    def notes(self) -> list[str]:
+        """What a person should know of shards that are done."""
+        return [note for found in self.surveys for note in found.notes]
 
 
 def make_plan(
-    shards: Sequence[Shard], job: ShardJob, *, cores: int, limit: int | None = None, tasks: int = 1
+    shards: Sequence[Shard],
+    job: ShardJob,
+    *,
+    cores: int,
+    limit: int | None = None,
+    tasks: int = 1,
+    overwriting: Overwriting | None = None,
 ) -> RunPlan:
     """Read all footers, settle threads and compile, and estimate the work.
 
@@ -113,28 +138,35 @@ def make_plan(
         cores: CPU cores a worker has, for the forward pass.
         limit: only so many rows are wanted.
         tasks: tasks that run at a time, on all workers together.
+        overwriting: what an overwriting run that was stopped has left; None where that does not matter.
     """
     unsettled = job
     where = "remote" if any(is_remote(job.target(shard)) for shard in shards[:1]) else "local"
     with ThreadPoolExecutor(SURVEY_THREADS[where]) as pool:
         looks = list(pool.map(lambda shard: look(unsettled, shard), shards))
-        known = [_first(seen.target_rows, seen.table_rows) for seen in looks]
+        known = [_first(*(table.stored.rows for table in (seen.target, seen.table) if table)) for seen in looks]
         unknown = [position for position, rows in enumerate(known) if rows is None]
         for position, rows in zip(unknown, pool.map(lambda p: shards[p].row_estimate(), unknown), strict=True):
             known[position] = rows
+    _refuse_without_images(job, looks)
     images = None if any(rows is None for rows in known) else sum(rows or 0 for rows in known)
     if limit is not None:
         images = limit if images is None else min(images, limit)
-    footers = [Footer.of(schema) for seen in looks if (schema := seen.target or seen.table) is not None]
+    footers = [seen.carried.footer for seen in looks if seen.carried is not None]
     steps = tuple(_settle(step, footers, cores, images) for step in job.steps)
     job = dataclasses.replace(job, steps=steps)
-    surveys = [survey(job, shard, limit, seen) for shard, seen in zip(shards, looks, strict=True)]
+    versions = {shard.name: seen.target.token for shard, seen in zip(shards, looks, strict=True)}
+    if overwriting is not None:
+        left = overwriting.begin(versions).versions
+        shards = [shard.replacing(left.get(shard.name)) for shard in shards]
+    surveys = [survey(job, shard, limit, seen)[0] for shard, seen in zip(shards, looks, strict=True)]
     needed = {position for found in surveys for position in found.todo}
-    job = dataclasses.replace(job, not_needed=frozenset(range(len(steps))) - needed)
-    plan = RunPlan(job, list(shards), surveys)
-    left = [known[position] for position in plan.todo]
-    plan.rows = sum(rows or 0 for rows in left)
-    plan.rows_known = None not in left
+    not_needed = frozenset(range(len(steps))) - needed
+    job = dataclasses.replace(job, not_needed=not_needed, dimensions=_dimensions(job, surveys))
+    plan = RunPlan(job, list(shards), surveys, versions=versions)
+    open_rows = [known[position] for position in plan.todo]
+    plan.rows = sum(rows or 0 for rows in open_rows)
+    plan.rows_known = None not in open_rows
     if limit is not None:
         plan.rows = min(plan.rows, limit)
     plan.bytes_to_write = _bytes_to_write(plan, tasks) if plan.rows_known else None
@@ -142,6 +174,29 @@ def make_plan(
     plan.settings = {name: _settings(step) for step in steps for name in step.columns()}
     plan.overlapping = _overlapping(job, plan.shards)
     return plan
+
+
+def _refuse_without_images(job: ShardJob, looks: Sequence[Seen]) -> None:
+    """Tables alone have nothing to be embedded: filling columns with nulls would pass for an answer."""
+    if job.output is None and job.steps and looks and not any(seen.facts.images for seen in looks):
+        first = looks[0].target.stored.path
+        column = next(iter(job.steps[0].columns()))
+        raise UsageError(
+            f"{first}: there are no images beside it, nor beside any other table of this dataset, so '{column}' would "
+            "have no value in any row. Open the dataset where its images are, with metadata_path= for these tables"
+        )
+
+
+def _dimensions(job: ShardJob, surveys: Sequence[Judgement]) -> dict[str, int]:
+    """Lengths of the vectors that finished shards have, by column."""
+    names = [name for step in job.steps for name in step.columns()]
+    found: dict[str, int] = {}
+    for one in surveys:
+        for name in names if one.done else ():
+            entry = one.footer.columns.get(name)
+            if entry is not None and entry.dimension is not None:
+                found.setdefault(name, entry.dimension)
+    return found
 
 
 def _overlapping(job: ShardJob, shards: Sequence[Shard]) -> list[str]:
@@ -234,19 +289,10 @@ def check_plan(plan: RunPlan) -> None:
     """
     conflicts = plan.conflicts()
     if conflicts:
-        path, why = conflicts[0]
-        alike = len(plan.overlapping or conflicts) - 1
-        more = f" ({alike} more files like it)" if alike else ""
-        if plan.overlapping:
-            raise UsageError(f"{path}: {why}{more}. Nothing was changed. Remove it, or write into another folder")
-        if LACKS_COLUMNS in why:
-            raise UsageError(f"{path}: {why}{more}. Nothing was changed")
-        if TO_PAIR_BY in why:
-            raise UsageError(f"{why}{more}. Nothing was changed")
-        raise UsageError(
-            f"{path}: {why}{more}. Nothing was changed. Pass overwrite=True to replace what is in the "
-            "way, or choose another output path or column name"
-        )
+        first = conflicts[0]
+        alike = sum(other.kind is first.kind for other in conflicts) - 1
+        more = f" ({alike} more {'file' if alike == 1 else 'files'} like it)" if alike else ""
+        raise UsageError(f"{first}{more}. Nothing was changed. {first.advice}")
     if plan.bytes_to_write and plan.bytes_free is not None and plan.bytes_to_write > plan.bytes_free:
         raise UsageError(
             f"the output needs about {_gigabytes(plan.bytes_to_write)} and its disk has "
@@ -281,24 +327,30 @@ def execute(
         RowsFailed: ``on_error="raise"`` and rows failed.
         RunStopped: some shards could not be used, or the run was asked to stop; the rest is finished.
     """
-    folder = _output_folder(job, shards[0])
     targets = _target_folders(job, shards)
     for target in targets:
         check_writable(target)
+    books = [Bookkeeping.of(target, job.state, job.storage_options) for target in targets]
     part = shards[0].part
     own = {shard.name for shard in shards} if part else None
     with ExitStack() as stack:
-        locks = [stack.enter_context(OutputLock(target, part)) for target in targets]
+        locks = [stack.enter_context(OutputLock(book, part)) for book in books]
         client = stack.enter_context(some_client())
         job = dataclasses.replace(place_on_workers(client, job), must_see=_must_see(shards[0], locks[0]))
         tasks = sum(client.nthreads().values())
-        plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
+        overwriting = Overwriting(books[0], part, _asked(job, limit)) if job.overwrite else None
+        plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks, overwriting=overwriting)
         check_plan(plan)
         for target in targets:
+            make_folder(target)
             clear_temporaries(target, own)
-        notes = [*_carried_over(job, shards), *_read_elsewhere(plan, folder)]
+        if overwriting is not None:
+            overwriting.keep()
+        notes = [*_carried_over(job, shards), *_read_elsewhere(plan, books[0]), *plan.notes()]
         certificate = certificates(plan.job, shards) if certify else {}
-        report = RunReport(settings=plan.settings, certificate=certificate, notes=notes)
+        report = RunReport(settings=plan.settings, certificate=certificate)
+        for note in notes:
+            report.note(note)
         report.images_below = shards[0].images_below
         report.output = redact(job.output or job.target(shards[0]).rpartition("/")[0])
         started = time.perf_counter()
@@ -315,11 +367,23 @@ def execute(
         if lost is None:  # else they may be the next run's
             for target in targets:
                 clear_temporaries(target, own)  # of workers that died meanwhile
-        _keep(report, folder)
+            if overwriting is not None and not (report.faults or report.stopped or report.ended):
+                overwriting.end()
+        _keep(report, books[0])
         _raise_for(report)
         if afterwards is not None:
             afterwards(plan.job)
     return report, plan
+
+
+def _asked(job: ShardJob, limit: int | None) -> dict[str, Any]:
+    """What an overwriting run makes: one that makes something else begins anew."""
+    made = {
+        name: counted(recipe, without=SETTLED_PER_RUN)
+        for step, recipe in zip(job.steps, job.recipes, strict=True)
+        for name in step.columns()
+    }
+    return {"columns": made, "id_col": job.id_col, "options": job.output_options(limit), "output": job.output or ""}
 
 
 def _must_see(shard: Shard, lock: OutputLock) -> tuple[str, ...]:
@@ -340,7 +404,7 @@ def _carried_over(job: ShardJob, shards: Sequence[Shard]) -> list[str]:
     return [f"the columns of {redact(table.rpartition('/')[0])} are carried over; columns= chooses others"]
 
 
-def _read_elsewhere(plan: RunPlan, folder: Location) -> list[str]:
+def _read_elsewhere(plan: RunPlan, book: Bookkeeping) -> list[str]:
     """Say so when finished files were made of images below another root: the same ones mounted elsewhere, or others.
 
     The last report tells, and no footer: outputs of one list are to compare byte for byte wherever it is mounted.
@@ -348,17 +412,14 @@ def _read_elsewhere(plan: RunPlan, folder: Location) -> list[str]:
     place, done = plan.shards[0].images_below, len(plan.shards) - len(plan.todo)
     if not place or not done:
         return []
-    try:
-        kept = folder.fs.ls(f"{folder.path.rstrip('/')}/_curator_embed", detail=False)
-        last = max(path for path in kept if path.rpartition("/")[2].startswith(_REPORT))
-        before = json.loads(folder.fs.cat_file(last)).get("images_below")
-    except (OSError, ValueError):  # no report there, or none that says
-        return []
+    kept = book.names(_REPORT)
+    last = book.read(kept[-1]) if kept else None
+    before = last.get("images_below") if isinstance(last, dict) else None
     if not before or before == place:
         return []
     return [
         f"the last run read its images below {before}, this one below {place}. Finished files ({done}) are kept, "
-        "because only lines are compared; if these are other images, write into another folder"
+        "because only lines are compared; if these are other images, pass overwrite=True"
     ]
 
 
@@ -380,32 +441,61 @@ def _target_folders(job: ShardJob, shards: Sequence[Shard]) -> list[Location]:
 
 
 def check_writable(folder: Location) -> None:
-    """Make a local folder and see that files can be made in it.
+    """See that files can be made in a local folder, or the folder itself; leaves nothing behind.
 
     Raises:
         UsageError: they cannot.
     """
     if not folder.is_local:
         return
+    there = folder.path
+    while there and not os.path.lexists(there):
+        there = os.path.dirname(there)
     try:
-        os.makedirs(folder.path, exist_ok=True)
-        probe = f"{folder.path}/.curator_embed.{secrets.token_hex(4)}"
+        if not os.path.isdir(there):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), there)
+        probe = f"{there.rstrip('/')}/.curator_embed.{secrets.token_hex(4)}"
         with open(probe, "wb"):
             pass
         os.unlink(probe)
     except OSError as error:
-        raise UsageError(
-            f"{folder.path}: cannot write there ({error.strerror}). Choose another output path or change the "
-            "permissions; nothing was computed"
-        ) from error
+        raise _unwritable(folder, error) from error
 
 
-def _keep(report: RunReport, folder: Location) -> None:
-    """Leave the report beside the output; times and dates live here and not in the parquet files."""
+def make_folder(folder: Location) -> None:
+    """Make a local folder.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    if folder.is_local:
+        try:
+            os.makedirs(folder.path, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Location, error: OSError) -> UsageError:
+    return UsageError(
+        f"{folder.path}: cannot write there ({error.strerror}). Choose another output path or change the permissions; "
+        "nothing was computed"
+    )
+
+
+def _keep(report: RunReport, book: Bookkeeping) -> None:
+    """Leave the report beside the output; times and dates live here and not in the parquet files.
+
+    The output is finished by then: a report that cannot be kept is told, and is no reason to call it failed.
+    """
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    path = f"{folder.path.rstrip('/')}/_curator_embed/{_REPORT}{stamp}-{secrets.token_hex(2)}.json"
-    content = {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **report.to_dict()}
-    folder.fs.pipe_file(path, json.dumps(content, indent=2, ensure_ascii=False).encode())
+    name = f"{_REPORT}{stamp}-{secrets.token_hex(2)}.json"
+    try:
+        book.write(name, {"finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **report.to_dict()})
+    except Exception as error:  # every file system has exceptions of its own
+        report.note(
+            f"{redact(book.file(name).path)}: the report could not be kept there ({type(error).__name__}: "
+            f"{redact(str(error))}); the output is not affected"
+        )
 
 
 def _raise_for(report: RunReport) -> None:

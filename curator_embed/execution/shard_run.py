@@ -11,45 +11,37 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from curator_embed.errors import Reason, SourceError, UsageError
-from curator_embed.execution.job import FailedRows, ShardJob, ShardReport
-from curator_embed.execution.survey import survey, table_fingerprint
+from curator_embed.execution.carrying import carried_columns
+from curator_embed.execution.failing import error_codes, tally
+from curator_embed.execution.job import FailedRows, NothingReadable, ShardJob, ShardReport
+from curator_embed.execution.survey import survey, wanted
 from curator_embed.execution.values import embedded_values, image_values, own_values, unsound_ordinals, vector_dtype
 from curator_embed.pipeline.pipeline import OpenShard, Pipeline
 from curator_embed.sources.shard import Note, Sample, Shard
 from curator_embed.steps import BatchStep, Step
-from curator_embed.storage.location import Location, Token
+from curator_embed.storage.files import redact
+from curator_embed.storage.location import Location
 from curator_embed.tables.failpoints import failpoint
+from curator_embed.tables.judge import judge_columns, outdated
 from curator_embed.tables.pairing import (
     Pairing,
-    ids_as_text,
     ids_digest,
     key_normaliser,
     normalise_key,
     pair,
 )
-from curator_embed.tables.provenance import ERROR_COLUMN, Footer, same_samples
-from curator_embed.tables.writing import NewColumn, TablePlan, TargetChanged, collect_table, write_table
+from curator_embed.tables.provenance import ERROR_COLUMN, ERROR_RECIPE, Entry, Footer
+from curator_embed.tables.shard_table import NO_IDS, Ids, ShardTable
+from curator_embed.tables.writing import NewColumn, TablePlan, TargetChanged, collect_table
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Table:
-    """A shard's existing rows, without holding more than their ids."""
-
-    location: Location | None
-    token: Token | None
-    schema: pa.Schema | None
-    id_type: pa.DataType | None
-    ids: list[str | None]
-    errors: pa.ChunkedArray | None
 
 
 class ShardRun:
@@ -68,30 +60,38 @@ class ShardRun:
     # -- begin ---------------------------------------------------------------------------
 
     def begin(self) -> bool:
-        """Read the shard into the pipeline. Returns False when it is already done."""
-        self.target = Location.of(self.job.target(self.shard), self.job.storage_options)
-        self.target_token = self.target.token()
-        if self.job.output is None and self.shard.table_path() is None and self.target_token is not None:
-            # A table has come to lie beside the images since the dataset was opened: its rows are the rows.
-            self.shard = self.shard.with_table(self.job.target(self.shard))
-        found = survey(self.job, self.shard, self.limit)
-        if found.conflict:
-            raise UsageError(f"{self.job.target(self.shard)}: {found.conflict}")
+        """Read the shard into the pipeline. Returns False when it is already done.
+
+        Raises:
+            UsageError, SourceError: something stands in the way, or a file cannot be used.
+        """
+        job = self.job
+        if job.output is None and self.shard.table_path() is None:
+            target = Location.of(job.target(self.shard), job.storage_options)
+            if target.token() is not None:
+                # A table has come to lie beside the images since the dataset was opened: its rows are the rows.
+                self.shard = self.shard.with_table(job.target(self.shard))
+        found, seen = survey(job, self.shard, self.limit)
+        if found.conflict is not None:
+            raise UsageError(f"{found.conflict}. {found.conflict.advice}")
+        self.target, self.facts = seen.target, seen.facts
         if found.done:
-            self.report = ShardReport.of_finished(self.shard.name, found.footer)
+            self.report = self._of_finished(found.footer)
+            if not found.footer.counts:  # made by somebody who does not count
+                self.report.take(self.target.counts())
+            self._notes(found.notes)
             return False
         self.todo, self.footer = found.todo, found.footer
-        if lacking := self.job.not_needed & set(self.todo):
-            columns = ", ".join(name for position in sorted(lacking) for name in self.job.steps[position].columns())
-            raise SourceError(
-                self.job.target(self.shard), f"has lost {columns} since the run began", "Run again to make it anew"
-            )
+        if lacking := job.not_needed & set(self.todo):
+            columns = ", ".join(name for position in sorted(lacking) for name in job.steps[position].columns())
+            problem = f"has lost {columns} since the run began"
+            raise SourceError(self.target.stored.path, problem, "Run again to make it anew")
         failpoint("shard.started")
-        self.fingerprint = self.shard.fingerprint()
-        self.table = self._read_ids()
-        self.numeric = key_normaliser(self.table.id_type)
+        self.table = self._table(seen.table)
+        self.ids = self._read_ids()
+        self.numeric = key_normaliser(self.ids.type)
         self.opened = self._stack.enter_context(
-            self.pipeline.shard([p for p in self.todo if not _reads_itself(self.job.steps[p])])
+            self.pipeline.shard([p for p in self.todo if not _reads_itself(job.steps[p])])
         )
         try:
             self._feed(self.opened)
@@ -101,47 +101,56 @@ class ShardRun:
         failpoint("shard.read")
         return True
 
-    def _read_ids(self) -> _Table:
+    def _table(self, seen: ShardTable | None) -> ShardTable | None:
+        """The table whose rows are the rows; None where there is none yet."""
         path = self.shard.table_path()
         if path is None:
-            return _Table(None, None, None, None, [], None)
-        location = Location.of(path, self.job.storage_options)
-        token = location.token()
-        with location.open_parquet() as parquet:
-            schema = parquet.schema_arrow
-            if self.job.id_col not in schema.names:
-                raise SourceError(
-                    path,
-                    f"has no column '{self.job.id_col}'",
-                    f"Choose the id column with id_col= (it has: {', '.join(schema.names[:12])})",
-                )
-            if schema.names.count(self.job.id_col) > 1:
-                raise SourceError(
-                    path,
-                    f"has {schema.names.count(self.job.id_col)} columns named '{self.job.id_col}'",
-                    "Rename all but one of them, or choose another id column with id_col=",
-                )
-            ours = ERROR_COLUMN in schema.names and self._old_codes_hold(Footer.of(schema))
-            columns = [self.job.id_col, *([ERROR_COLUMN] if ours else [])]
-            table = parquet.read(columns=columns, use_threads=False)
-        column = table.column(self.job.id_col)
-        errors = table.column(ERROR_COLUMN) if ours else None
-        return _Table(location, token, schema, column.type, ids_as_text(column), errors)
+            return None
+        table = self.target if self.job.output is None else seen
+        if table is None or not table.exists:
+            table = ShardTable.open(path, self.job.storage_options)
+        if table.stored.damaged:
+            raise SourceError(table.stored.path, table.stored.damaged, "Restore it or remove it, then run again")
+        if not table.exists:
+            raise SourceError(table.stored.path, "does not exist (any more)", "Restore it, or leave it out")
+        return table
 
-    def _old_codes_hold(self, footer: Footer) -> bool:
-        """Whether an earlier run's reason codes are still true: of these images, for columns that stay."""
-        codes = footer.columns.get(ERROR_COLUMN)
-        if codes is None or not same_samples(codes.get("samples", {}), self.fingerprint):
+    def _read_ids(self) -> Ids:
+        """Read the ids, and see that the columns that are kept were made for these, in this order."""
+        if self.table is None:
+            return NO_IDS
+        names = self.table.footer.columns
+        ids = self.table.ids(self.job.id_col, errors=ERROR_COLUMN in names)
+        facts = replace(self.facts, ids=ids.digest)
+        kept = [p for p in range(len(self.job.steps)) if p not in self.todo]
+        status = judge_columns(self._names(), names, [wanted(self.job)[p] for p in kept], facts)
+        if status.kind is not None and not self.job.overwrite:
+            raise UsageError(
+                f"{self.table.stored.path}: {status.why}. Pass overwrite=True to make it anew; nothing was changed"
+            )
+        self.facts = facts
+        return ids if self._old_codes_hold() else replace(ids, errors=None)
+
+    def _names(self) -> list[str]:
+        assert self.table is not None and self.table.stored.schema is not None
+        return list(self.table.stored.schema.names)
+
+    def _old_codes_hold(self) -> bool:
+        """Whether an earlier run's reason codes are still true: of these images and ids, for columns that stay."""
+        assert self.table is not None
+        entries = self.table.footer.columns
+        codes = entries.get(ERROR_COLUMN)
+        if codes is None or outdated(codes, self.facts) is not None:
             return False
         made_anew = {name for position in self.todo for name in self.job.steps[position].columns()}
-        return bool(footer.columns.keys() - made_anew - {ERROR_COLUMN})
+        return bool(entries.keys() - made_anew - {ERROR_COLUMN})
 
     def _feed(self, opened: OpenShard) -> None:
         """Read every sample once; hand in the images whose values somebody will get."""
         wanted: set[str | None] | None = None
-        if self.table.location is not None and (self.job.output is None or self.limit is not None):
-            wanted = set(self.table.ids[: self.limit])
-        need_extras = self.table.location is None
+        if self.table is not None and (self.job.output is None or self.limit is not None):
+            wanted = set(self.ids.text[: self.limit])
+        need_extras = self.table is None
         needs_images = bool(self.todo) and not all(_reads_itself(self.job.steps[p]) for p in self.todo)
         clock = self.pipeline.clock
         with self.pipeline.feeding():
@@ -173,6 +182,8 @@ class ShardRun:
 
         Raises:
             TargetChanged: the file was replaced meanwhile, and not by who made the same of the same shard.
+            NothingReadable: rows failed, and none was embedded.
+            FailedRows: rows failed, under ``on_error="raise"``.
         """
         assert self.opened is not None
         try:
@@ -181,16 +192,16 @@ class ShardRun:
             failpoint("shard.embedded")
             with self.pipeline.clock.timing("write"):
                 plan = self._plan(self.opened, own)
-                table = self.table
-                expected = table.token if self.job.output is None and table.location is not None else self.target_token
-                write_table(plan, self.target, expected)
+                self._refuse_failures()
+                table = None if self.job.output is None else self.table
+                self.target.write(plan, from_table=table)
         except TargetChanged:
             # A run whose driver died may have workers that finish what they have, and Dask may run a task twice.
-            # Overwriting looks again for images that an earlier run did not find; this file was made just now.
-            found = survey(replace(self.job, overwrite=False), self.shard, self.limit)
+            # Overwriting makes everything anew; this file was made just now.
+            found, _ = survey(replace(self.job, overwrite=False), self.shard, self.limit)
             if not found.done:
                 raise
-            mine, self.report = self.report, ShardReport.of_finished(self.shard.name, found.footer)
+            mine, self.report = self.report, self._of_finished(found.footer)
             self.report.notes, self.report.examples = mine.notes, mine.examples
             self.report.images_without_row = mine.images_without_row  # in no footer
         finally:
@@ -211,6 +222,9 @@ class ShardRun:
     def abandon(self) -> None:
         """Let go of the pipeline; values that are still on their way are dropped."""
         self._stack.close()
+
+    def _of_finished(self, footer: Footer) -> ShardReport:
+        return ShardReport.of_finished(self.shard.name, footer, with_dropped=self.job.output is not None)
 
     def _run_own_reader(self, position: int, opened: OpenShard) -> dict[str, list[np.ndarray]]:
         """Embeddings by id from an embedder that reads shards itself (``load_dataset_shard`` overridden).
@@ -241,12 +255,12 @@ class ShardRun:
     def _plan(self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]) -> TablePlan:
         """Pair values with rows, count, and say what the output table is."""
         table, job = self.table, self.job
-        if table.location is None:
+        if table is None:
             in_memory, row_ids = self._table_from_samples()
             nobody = np.zeros(len(row_ids), dtype=bool)
             pairing = Pairing(np.arange(len(row_ids)), nobody, np.empty(0, np.int64), {})
         else:
-            in_memory, row_ids = None, table.ids
+            in_memory, row_ids = None, self.ids.text
             pairing = pair(row_ids, self.keys)
             self._tell_about(pairing, row_ids)
             if self.limit is not None:  # pair all rows, so that repeated ids pair as ever, then cut
@@ -258,42 +272,71 @@ class ShardRun:
                 )
 
         # Rows of the table first, then rows for images that no row knows.
-        adds_rows = job.output is not None and self.limit is None
-        orphans = pairing.orphans if adds_rows else np.empty(0, np.int64)
+        orphans = pairing.orphans if self._adds_rows() else np.empty(0, np.int64)
         self.report.images_without_row = len(pairing.orphans) if self.limit is None else 0
         sample_of_row = np.concatenate([pairing.sample_of_row, orphans])
         ambiguous = np.concatenate([pairing.ambiguous, np.zeros(len(orphans), dtype=bool)])
+        all_ids = [*row_ids, *(self.keys[ordinal] for ordinal in orphans)]
 
-        errors = self._error_codes(opened, own, sample_of_row, ambiguous)
-        if table.errors is not None:  # what an earlier run found holds for the columns it made
-            old = table.errors.to_pylist() + [None] * len(orphans)
+        given = [found.keys() for found in own.values()]
+        failed = (self.source_errors, opened.errors)
+        errors = error_codes(sample_of_row, ambiguous, self.has_image, failed, given, self.keys)
+        if self.ids.errors is not None:  # what an earlier run found holds for the columns it made
+            old = self.ids.errors.to_pylist() + [None] * len(orphans)
             errors = [code if code is not None else new for code, new in zip(old, errors, strict=False)]
-        self._count(errors, row_ids, sample_of_row)
+        self._count(errors, all_ids)
         self.report.decoders = dict(opened.decoders)
-        if job.on_error == "raise" and self.report.failed:
-            raise FailedRows(self._failure())
         keep = np.arange(len(sample_of_row))
+        dropped: dict[str, Any] = {}
         if job.on_error == "drop":
-            keep = np.flatnonzero(np.array([code is None for code in errors], dtype=bool))
+            failed_row = np.array([code is not None for code in errors], dtype=bool)
+            keep = np.flatnonzero(~failed_row)
+            left_out = tally([code for code in errors if code is not None])
+            dropped = {name: left_out[name] for name in ("failed", "no_image", "reasons")} if left_out["read"] else {}
         first, added = keep[keep < len(row_ids)], keep[keep >= len(row_ids)]
+        columns = self._columns(opened, own, sample_of_row, errors)
+        entries = self._entries(opened, own, [all_ids[row] for row in keep])
+        if job.overwrite and job.output is not None:
+            schema = in_memory.schema if in_memory is not None else self._schema()
+            carried, made = carried_columns(self.target, job.id_col, {*columns, *schema.names}, all_ids)
+            columns, entries = columns | carried, made | entries
         return TablePlan(
-            source=table.location,
+            source=None if table is None else table.location,
             in_memory=in_memory,
             keep=first,
             appended=self._rows_for_orphans(sample_of_row[added]) if len(added) else None,
             appended_rows=added,
-            columns=self._columns(opened, own, sample_of_row, errors),
-            footer=self._footer(row_ids),
-            selected=self._selected(table.schema),
+            columns=columns,
+            footer=self._footer(entries, len(keep), dropped),
+            selected=self._selected(None if table is None else self._schema()),
         )
 
-    def _failure(self) -> str:
-        key, reason = self.report.examples[0]
-        where = self.shard.image_source() or self.shard.name
-        return (
-            f"{where}: {self.report.failed} of {self.report.read} rows failed, the first is '{key}': {reason}. This "
-            "shard was not written; use on_error='keep' or on_error='drop' to go on without them"
-        )
+    def _schema(self) -> pa.Schema:
+        assert self.table is not None and self.table.stored.schema is not None
+        return self.table.stored.schema
+
+    def _adds_rows(self) -> bool:
+        """Whether images that no row knows get rows of their own."""
+        if self.job.output is None or self.limit is not None or self.table is None:
+            return False
+        return all(item.nullable for item in self._schema() if item.name != self.job.id_col)
+
+    def _refuse_failures(self) -> None:
+        report = self.report
+        if not report.failed:
+            return
+        key, reason = report.examples[0]
+        where = redact(self.shard.image_source() or self.shard.name)
+        if self.todo and not report.embedded and not self.job.write_unreadable:
+            raise NothingReadable(
+                f"{where}: not one of {report.failed} images could be read or embedded, the first is "
+                f"'{redact(key)}': {reason}"
+            )
+        if self.job.on_error == "raise":
+            raise FailedRows(
+                f"{where}: {report.failed} of {report.read} rows failed, the first is '{redact(key)}': {reason}. This "
+                "shard was not written; use on_error='keep' or on_error='drop' to go on without them"
+            )
 
     def _selected(self, schema: pa.Schema | None) -> list[str] | None:
         if self.job.output is None:
@@ -308,12 +351,17 @@ class ShardRun:
         table = self.shard.table_from_extras(self.kept_samples)
         if table is None:
             table = pa.table({self.job.id_col: pa.array(self.keys, pa.string())})
+        made = {ERROR_COLUMN, *(name for position in self.todo for name in self.job.steps[position].columns())}
+        if (taken := sorted(made & set(table.column_names))) and not self.job.overwrite:
+            raise UsageError(
+                f"{redact(self.shard.image_source() or self.shard.name)}: its json holds a field '{taken[0]}', which "
+                "would give way to the new column. Pass overwrite=True to let it, or choose another column name"
+            )
         return table, list(self.keys)
 
     def _rows_for_orphans(self, orphans: np.ndarray) -> pa.Table:
         """Rows for images that no row knows: their id, and nulls."""
-        assert self.table.schema is not None
-        schema = self.table.schema
+        schema = self._schema()
         keys = [self.keys[p] for p in orphans]
         columns = []
         for item in schema:
@@ -323,7 +371,7 @@ class ShardRun:
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                     raise SourceError(
                         self.shard.image_source() or self.shard.name,
-                        f"holds images whose keys ('{keys[0]}', ...) do not fit the id column's type {item.type}",
+                        f"holds images whose keys ('{redact(keys[0])}', ...) do not fit the ids, which are {item.type}",
                         "Choose the id column that holds the keys, with id_col=",
                     ) from None
             else:
@@ -331,63 +379,44 @@ class ShardRun:
         return pa.Table.from_arrays(columns, schema=schema)
 
     def _tell_about(self, pairing: Pairing, row_ids: Sequence[str | None]) -> None:
-        path = self.shard.image_source() or self.shard.name
+        path = redact(self.shard.image_source() or self.shard.name)
         if pairing.unequal:
             key, (rows, samples) = next(iter(pairing.unequal.items()))
             self._note(
                 path,
-                f"{len(pairing.unequal)} ids occur unequally often in table and images ('{key}': {rows} rows, "
-                f"{samples} images); their rows carry '{Reason.AMBIGUOUS_ID}'",
+                f"{len(pairing.unequal)} ids occur a different number of times in the table and in the images "
+                f"('{redact(key)}': {rows} rows, {samples} images); their rows carry '{Reason.AMBIGUOUS_ID}'",
             )
         if row_ids and self.keys and (pairing.sample_of_row < 0).all() and not pairing.unequal:
             self._note(
                 path,
-                f"no image has an id of the table's column '{self.job.id_col}' "
-                f"(table: '{row_ids[0]}', images: '{self.keys[0]}'); choose another with id_col=",
+                f"no image has an id of the table's column '{self.job.id_col}' (table: '{redact(str(row_ids[0]))}', "
+                f"images: '{redact(self.keys[0])}'); choose another with id_col= and overwrite=True",
             )
         if len(pairing.orphans) and self.limit is None:
-            what = "left out: pass an output path to get rows for them" if self.job.output is None else "added as rows"
+            what = "added as rows"
+            if self.job.output is None:
+                what = "left out: pass an output path to get rows for them"
+            elif not self._adds_rows():
+                required = next(i.name for i in self._schema() if not i.nullable and i.name != self.job.id_col)
+                what = f"left out: the table's column '{required}' takes no nulls"
             self._note(path, f"{len(pairing.orphans)} images have no row in the table, {what}")
 
     def _note(self, path: str, message: str) -> None:
         self.report.notes.append(Note(self.shard.name, path, message))
 
-    def _error_codes(
-        self,
-        opened: OpenShard,
-        own: Mapping[int, dict[str, list[np.ndarray]]],
-        sample_of_row: np.ndarray,
-        ambiguous: np.ndarray,
-    ) -> list[str | None]:
-        """One code a row, None where all went well."""
-        codes: list[str | None] = []
-        for row, ordinal in enumerate(sample_of_row):
-            code: str | None = None
-            if ambiguous[row]:
-                code = Reason.AMBIGUOUS_ID
-            elif ordinal < 0 or not self.has_image[ordinal]:
-                code = Reason.NO_IMAGE
-            elif ordinal in self.source_errors:
-                code = self.source_errors[ordinal]
-            elif ordinal in opened.errors:
-                code = opened.errors[ordinal]
-            elif own and any(not found.get(self.keys[ordinal]) for found in own.values()):
-                code = Reason.EMBED_ERROR
-            codes.append(None if code is None else str(code))
-        return codes
+    def _notes(self, messages: Sequence[str]) -> None:
+        for message in messages:
+            path, _, text = message.partition(": ")
+            self._note(path, text)
 
-    def _count(self, errors: Sequence[str | None], row_ids: Sequence[str | None], sample_of_row: np.ndarray) -> None:
-        report = self.report
-        tally = Counter(code for code in errors if code is not None)
-        report.read = len(errors)
-        report.no_image = tally.pop(Reason.NO_IMAGE, 0)
-        report.failed = sum(tally.values())
-        report.embedded = report.read - report.no_image - report.failed
-        report.reasons = {str(code): count for code, count in sorted(tally.items())}
+    def _count(self, errors: Sequence[str | None], ids: Sequence[str | None]) -> None:
+        self.report.take(tally(errors))
         for row, code in enumerate(errors):
-            if code is not None and code != Reason.NO_IMAGE and len(report.examples) < 5:
-                key = row_ids[row] if row < len(row_ids) else self.keys[sample_of_row[row]]
-                report.examples.append((str(key), code))
+            if len(self.report.examples) == 5:
+                break
+            if code is not None and code != Reason.NO_IMAGE:
+                self.report.examples.append((redact(str(ids[row])), code))
 
     def _columns(
         self,
@@ -405,17 +434,29 @@ class ShardRun:
                 elif isinstance(step, BatchStep):
                     columns[name] = NewColumn(kind, embedded_values(opened, position, sample_of_row, kind))
                 else:
-                    columns[name] = NewColumn(
-                        kind, image_values(step, name, opened, position, sample_of_row, self.keys)
-                    )
+                    values = image_values(step, name, opened, position, sample_of_row, self.keys)
+                    columns[name] = NewColumn(kind, values)
         codes = pa.array(errors, pa.string())
         columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: codes.take(pa.array(rows)))
         return columns
 
-    def _footer(self, row_ids: Sequence[str | None]) -> Footer:
-        samples = {**self.fingerprint, "ids": ids_digest(row_ids)}
-        selected = self._selected(self.table.schema)
-        columns = {n: made for n, made in self.footer.columns.items() if selected is None or n in selected}
+    def _entries(
+        self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]], ids: Sequence[str | None]
+    ) -> dict[str, Entry]:
+        """What made each column of the new file.
+
+        Args:
+            ids: of the file's rows.
+        """
+        digest = ids_digest(ids)
+        selected = self._selected(None if self.table is None else self._schema())
+        entries = {
+            # Columns that are copied were made for the rows of their table; whose rows these are is known now.
+            name: replace(entry, ids=digest) if entry.ids == self.ids.digest else entry
+            for name, entry in self.footer.columns.items()
+            if selected is None or name in selected
+        }
+        samples, pairing = dict(self.facts.samples), dict(self.facts.pairing)
         for position in self.todo:
             step = self.job.steps[position]
             recipe = dict(step.recipe())
@@ -425,12 +466,48 @@ class ShardRun:
                 if exceptions:
                     recipe["exceptions"] = list(exceptions)
             for name in step.columns():
-                columns[name] = {"recipe": recipe, "samples": samples}
-        columns[ERROR_COLUMN] = {"recipe": {"step": "image_error"}, "samples": samples}
+                dimension = self._dimension(name, position, opened, own)
+                entries[name] = Entry(recipe, samples, pairing, digest, dimension)
+        entries[ERROR_COLUMN] = Entry(ERROR_RECIPE, samples, pairing, digest)
+        return entries
+
+    def _dimension(
+        self, name: str, position: int, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]
+    ) -> int | None:
+        """Length of a step's vectors in this shard; None without any.
+
+        Raises:
+            UsageError: finished shards have vectors of another length.
+        """
+        if not isinstance(self.job.steps[position], BatchStep):
+            return None
+        if position in own:
+            lengths = {len(vector) for vectors in own[position].values() for vector in vectors}
+        else:
+            lengths = {opened.vectors[position].dim} - {0}
+        before = self.job.dimensions.get(name)
+        if len(lengths) > 1 or (lengths and before not in (None, *lengths)):
+            raise UsageError(
+                f"{self.target.stored.path}: column '{name}' would hold vectors of {sorted(lengths)} numbers"
+                + (f", and finished shards hold vectors of {before}" if before is not None else "")
+                + ". A column's vectors have one length: choose another column name, or pass overwrite=True to make "
+                "all shards anew"
+            )
+        return lengths.pop() if lengths else None
+
+    def _footer(self, entries: dict[str, Entry], rows: int, dropped: Mapping[str, Any]) -> Footer:
+        counts = self.report.counts()
+        if dropped:
+            counts["read"] -= dropped["failed"] + dropped["no_image"]
+            counts |= {"failed": 0, "no_image": 0, "reasons": {}}
+        if self.job.output is None:  # an output stays one: its first command still finds it done
+            made = self.footer
+            return Footer(entries, counts, made.output, self.job.id_col, made.table, rows, made.dropped)
         table: dict[str, Any] = {}
-        if self.job.output is not None and (path := self.shard.table_path()) is not None:
-            table = {"rows": len(self.table.ids), **(table_fingerprint(path, self.job) or {})}
-        return Footer(columns, self.report.counts(), self.job.output_options(self.limit), self.job.id_col, table)
+        if self.table is not None:
+            table = {"rows": len(self.ids.text), **(self.table.stored.mark or {}), "ids": self.ids.digest}
+        options = self.job.output_options(self.limit)
+        return Footer(entries, counts, options, self.job.id_col, table, rows, dict(dropped))
 
 
 def _reads_itself(step: Step) -> bool:

@@ -175,7 +175,11 @@ class ParquetShard(Shard):
         """
         with self._open() as parquet:
             recorded = _recorded(parquet.schema_arrow)
-        return recorded or {"images": {"column": self.image_col, **files.fingerprint(self.path, self.storage_options)}}
+        return recorded or {"images": files.fingerprint(self.path, self.storage_options)}
+
+    def pairing(self, id_col: str) -> dict[str, Any]:
+        """The id column and the image column."""
+        return {"id_col": id_col, "image_col": self.image_col}
 
     def row_estimate(self) -> int:
         """The number of rows."""
@@ -371,9 +375,10 @@ def _recorded(schema: pa.Schema) -> dict[str, Any] | None:
     try:
         columns = json.loads(raw)["columns"] if raw is not None else {}
         found = [made["samples"]["images"] for made in columns.values() if "images" in made.get("samples", {})]
-    except (ValueError, KeyError, AttributeError, TypeError):
+        # Version 0.1.0 kept the column's name there as well.
+        return {"images": {key: found[0][key] for key in found[0] if key != "column"}} if found else None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
-    return {"images": found[0]} if found else None
 
 
 def _one_ahead(batches: Iterator[Any]) -> Iterator[Any]:

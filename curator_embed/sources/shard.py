@@ -4,6 +4,7 @@ execution knows only this page.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,6 +78,9 @@ class Shard(ABC):
     images_below: str = ""
     """Where the images lie when a fingerprint does not tell: the same list may be read below another folder."""
 
+    replaces: tuple[Any, ...] | None = None
+    """The version of its parquet (``Location.token``) that an overwriting run makes anew; any other is its own work."""
+
     image_columns: tuple[str, ...] = ()
     """Columns of the shard's own table that hold the images: no new output gets them unless asked to."""
 
@@ -113,6 +117,12 @@ class Shard(ABC):
     def with_table(self, path: str) -> Shard:
         """The same images with another metadata parquet."""
 
+    def replacing(self, version: tuple[Any, ...] | None) -> Shard:
+        """The same shard for an overwriting run that is to make this version of its parquet anew."""
+        other = copy.copy(self)
+        other.replaces = version
+        return other
+
     @abstractmethod
     def image_source(self) -> str | None:
         """The URL or path that holds the images, for messages; None when the images are missing."""
@@ -130,6 +140,22 @@ class Shard(ABC):
 
         Plain JSON values. Two equal fingerprints mean: the same samples.
         """
+
+    def samples_changed(self, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+        """Why a recorded fingerprint is not of the samples that are stored now, in a few words; "" where it is.
+
+        Args:
+            now: the shard's ``fingerprint()``, which the caller has at hand.
+        """
+        changed = [name for name in sorted({*recorded, *now}) if recorded.get(name) != now.get(name)]
+        return f"{', '.join(changed)} differ" if changed else ""
+
+    def pairing(self, id_col: str) -> dict[str, Any]:
+        """How this shard's samples get the ids by which they meet their rows, as plain JSON values.
+
+        Whatever changes which row gets which image belongs here: another id column, key rule, index or image column.
+        """
+        return {"id_col": id_col}
 
     def row_estimate(self) -> int | None:
         """Number of samples when it is known cheaply (an index, a parquet footer); else None."""

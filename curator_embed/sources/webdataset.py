@@ -115,15 +115,20 @@ class WebdatasetShard(Shard):
         return list(self._notes)
 
     def fingerprint(self) -> dict[str, Any]:
-        """The tar's size and mtime_ns or etag (null without a tar), and whatever else selects samples."""
+        """The tar's size and mtime_ns or etag; null without a tar."""
         if self.tar is None:
             return {"size": None, "mtime_ns": None}
-        print_ = files.fingerprint(self.tar, self.storage_options)
+        return files.fingerprint(self.tar, self.storage_options)
+
+    def pairing(self, id_col: str) -> dict[str, Any]:
+        """The id column, where keys end when that was asked for, and the index where it says which samples count."""
+        found: dict[str, Any] = {"id_col": id_col}
         if self.key_split != "auto":
-            print_["key_split"] = self.key_split
-        if self.use_index is True and files.exists(index_path(self.tar), self.storage_options):
-            print_["index"] = files.fingerprint(index_path(self.tar), self.storage_options)
-        return print_
+            found["key_split"] = self.key_split
+        index = index_path(self.tar) if self.tar is not None and self.use_index is True else None
+        if index is not None and files.exists(index, self.storage_options):
+            found["index"] = files.fingerprint(index, self.storage_options)
+        return found
 
     def row_estimate(self) -> int | None:
         """Number of samples: from a local index, else rows of the parquet's footer, else None."""

@@ -1,6 +1,6 @@
 """One run at a time holds a dataset's output.
 
-The lock is a small file with an owner and an expiry beside the output. A run that was killed does
+The lock is a small file with an owner and an expiry in the output's bookkeeping. A run that was killed does
 not block the next: on the same machine its process is seen to be gone, elsewhere its lock expires.
 """
 
@@ -20,7 +20,7 @@ import psutil
 
 from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.storage.files import redact
-from curator_embed.storage.location import Location
+from curator_embed.tables.bookkeeping import Bookkeeping
 
 LIFETIME_S = 120.0
 RENEW_EVERY_S = 20.0
@@ -31,15 +31,15 @@ class OutputLocked(CuratorEmbedError):
 
 
 class OutputLock:
-    """Hold ``folder``'s lock for the length of a ``with`` block, renewing it in the background."""
+    """Hold a folder's lock for the length of a ``with`` block, renewing it in the background."""
 
-    def __init__(self, folder: Location, part: str = "") -> None:
+    def __init__(self, book: Bookkeeping, part: str = "") -> None:
         """
         Args:
             part: ``Shard.part`` of what is written: runs whose parts do not overlap hold one folder together.
         """
-        name = f"lock-{part}.json" if part else "lock.json"
-        self.file = Location(folder.fs, f"{folder.path.rstrip('/')}/_curator_embed/{name}")
+        self.book = book
+        self.file = book.file(f"lock-{part}.json" if part else "lock.json")
         self.part = part
         self.token = secrets.token_hex(8)
         self.lost = threading.Event()
@@ -53,12 +53,18 @@ class OutputLock:
             raise
         except Exception as error:  # every file system has exceptions of its own
             raise UsageError(
-                f"{redact(self.file.fs.unstrip_protocol(self.file.parent.removesuffix('/_curator_embed')))}: cannot "
-                f"write there ({type(error).__name__}: {redact(str(error))}). Choose another output path, or check the "
-                "connection, the credentials and the permissions for it; nothing was computed"
+                f"{self._folder}: cannot write there ({type(error).__name__}: {redact(str(error))}). Choose another "
+                "output path, or check the connection, the credentials and the permissions for it; nothing was computed"
             ) from error
 
+    @property
+    def _folder(self) -> str:
+        """The locked folder, for people."""
+        folder = self.book.folder
+        return redact(folder.path if folder.is_local else folder.fs.unstrip_protocol(folder.path))
+
     def _take(self) -> OutputLock:
+        self._refuse_former()
         for _ in range(3):
             if self._create():
                 self._refuse_overlap()
@@ -67,7 +73,7 @@ class OutputLock:
                 return self
             owner = self._read()
             if owner is not None and _alive(owner):
-                raise _locked(self.file.parent, owner)
+                raise _locked(self._folder, owner)
             self._remove(owner)
         raise OutputLocked(f"{self.file.path}: could not be taken; another run is starting on the same output.")
 
@@ -76,6 +82,12 @@ class OutputLock:
         if self._thread is not None:
             self._thread.join()
         self._give_back()
+
+    def _refuse_former(self) -> None:
+        """A run of version 0.1.0 that is still going has its lock where that version kept it."""
+        former = self.book.former
+        if former is not None and (owner := self._read(f"{former.path}/lock.json")) is not None and _alive(owner):
+            raise _locked(self._folder, owner)
 
     def _refuse_overlap(self) -> None:
         """After taking the own lock: of two runs that begin at once, at least one sees the other."""
@@ -86,16 +98,14 @@ class OutputLock:
             other = self._read(path)
             if other is not None and _alive(other) and parts_overlap(self.part, name[5:-5]):
                 self._give_back()
-                raise _locked(self.file.parent, other)
+                raise _locked(self._folder, other)
 
     def _give_back(self) -> None:
         owner = self._read()
         if owner is not None and owner.get("token") == self.token:
             with suppress(OSError):
                 self.file.fs.rm_file(self.file.path)
-            if self.file.is_local:
-                with suppress(OSError):  # of a run that was refused nothing else is in there
-                    os.rmdir(self.file.parent)
+            self.book.discard_if_empty()
 
     def _content(self) -> bytes:
         now = time.time()
@@ -113,8 +123,8 @@ class OutputLock:
 
     def _create(self) -> bool:
         """Create the file if nobody has; False when it exists."""
+        self.book.make()
         if self.file.is_local:
-            os.makedirs(self.file.parent, exist_ok=True)
             # Written aside and linked into place: a reader never sees half a lock, and only one link succeeds.
             aside = f"{self.file.path}.{self.token}"
             try:
@@ -146,9 +156,9 @@ class OutputLock:
                 self.file.fs.invalidate_cache()
             value = json.loads(self.file.fs.cat_file(path or self.file.path))
             return value if isinstance(value, dict) else {}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
 
     def _remove(self, seen: dict[str, Any] | None) -> None:

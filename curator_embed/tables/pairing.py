@@ -19,6 +19,9 @@ from curator_embed.sources.tar import decode_name
 
 Id = str | None
 
+MOST_DIGITS = 320
+"""No number in a column of numbers has more, and Python refuses to read numbers of more than 4,300."""
+
 _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
@@ -64,7 +67,7 @@ def key_normaliser(kind: pa.DataType | None) -> bool:
 
 def normalise_key(key: str, numeric: bool) -> str:
     """The text under which a sample's key is compared with the ids of a column."""
-    if numeric and key.isascii() and key.removeprefix("-").isdigit():
+    if numeric and len(key) <= MOST_DIGITS and key.isascii() and key.removeprefix("-").isdigit():
         return str(int(key))
     # A source that escapes bytes that are no UTF-8 the way Python does means the same bytes.
     return key if key.isascii() else _ESCAPED.sub(lambda found: f"\\x{ord(found[0]) - 0xDC00:02x}", key)

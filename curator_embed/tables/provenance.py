@@ -1,13 +1,15 @@
-"""What made a column: the parquet footer, and whether a shard is done.
+"""What made a column, and from what: our entry in a parquet file's key-value metadata.
 
-A run may skip a shard on the strength of its footer alone, so what counts is decided here, once.
+Plain values and their stored form. What follows from them is ``judge.py``'s.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +17,10 @@ import pyarrow as pa
 from curator_embed.steps import Step
 
 FOOTER_KEY = b"curator_embed"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 ERROR_COLUMN = "image_error"
+ERROR_RECIPE = {"step": "image_error"}
 
 RECORDED_ONLY = frozenset({"software", "exceptions"})
 """Recipe fields that are written down but do not make a column stale (versions, out-of-memory halvings)."""
@@ -36,130 +40,187 @@ def canonical_json(value: Any) -> str:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """What made one column, and from what.
+
+    Attributes:
+        recipe: what made it, as ``Step.recipe`` gives it.
+        samples: identifies the samples it was made from (``Shard.fingerprint``); empty for what was made from none.
+        pairing: how rows and images were paired (``Shard.pairing``: id column, key rule, index files, image column).
+        ids: digest of the ids in the rows' order (``ids_digest``); empty where it was not taken.
+        dimension: length of the vectors, of a column of vectors; None for others, and where there is not one vector.
+    """
+
+    recipe: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
+    pairing: dict[str, Any] = field(default_factory=dict)
+    ids: str = ""
+    dimension: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """Identifies what a column holds, for what is made from it: sha256, 32 hexadecimal digits."""
+        stored = {**self.to_dict(), "recipe": counted(self.recipe)}
+        return hashlib.sha256(canonical_json(stored).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The stored form; what does not apply is left out."""
+        value: dict[str, Any] = {"recipe": self.recipe, "samples": {**self.samples, **_given(ids=self.ids)}}
+        return value | _given(pairing=self.pairing) | ({} if self.dimension is None else {"dimension": self.dimension})
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any], id_col: str) -> Entry:
+        """From the stored form, that of version 0.1.0 too.
+
+        Args:
+            id_col: the file's id column: 0.1.0 wrote down no pairing of its own, but what counts of it can be told.
+
+        Raises:
+            TypeError: it is not of this form.
+        """
+        samples = dict(_checked(value.get("samples", {}), dict))
+        ids = _checked(samples.pop("ids", ""), str)
+        pairing = value.get("pairing")
+        if pairing is None and samples:
+            pairing = {"id_col": id_col, **_pairing_of_0_1_0(samples)}
+        dimension = value.get("dimension")
+        return cls(
+            dict(_checked(value.get("recipe", {}), dict)),
+            samples,
+            dict(_checked(pairing or {}, dict)),
+            ids,
+            None if dimension is None else _checked(dimension, int),
+        )
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value}
+
+
+def _pairing_of_0_1_0(samples: dict[str, Any]) -> dict[str, Any]:
+    """What version 0.1.0 wrote down among the samples, and how they were paired is now; takes it out of them."""
+    found: dict[str, Any] = {}
+    for name in ("key_split", "index"):
+        if name in samples:
+            found[name] = samples.pop(name)
+    images = samples.get("images")
+    if isinstance(images, dict) and "column" in images:
+        images = dict(images)
+        found["image_col"] = images.pop("column")
+        samples["images"] = images
+    return found
+
+
+@dataclass(frozen=True)
 class Footer:
     """Our entry in a parquet file's key-value metadata.
 
     Attributes:
-        columns: per column ``{"recipe": ..., "samples": ...}``: what made it, and from which samples.
-        counts: ``{"read", "embedded", "failed", "no_image", "reasons"}`` of the shard.
-        output: how the rows were chosen (``on_error``, ``columns``, ``limit``); empty in place.
+        columns: what made each of our columns.
+        counts: ``{"read", "embedded", "failed", "no_image", "reasons"}`` of the file's rows.
+        output: how the rows were chosen (``on_error``, ``columns``, ``limit``, ``export``); empty in place.
         id_col: name of the id column.
-        table: the table that an output was made from: its ``rows``, size and mtime or etag; empty in place.
+        table: the table that an output was made from: its ``rows``, size and mtime or etag, ``ids``; empty without one.
+        rows: of this file; None where version 0.1.0 wrote it.
+        dropped: rows that the output was made without, as ``{"failed", "no_image", "reasons"}``.
     """
 
-    columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    columns: dict[str, Entry] = field(default_factory=dict)
     counts: dict[str, Any] = field(default_factory=dict)
     output: dict[str, Any] = field(default_factory=dict)
     id_col: str = "key"
     table: dict[str, Any] = field(default_factory=dict)
+    rows: int | None = None
+    dropped: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, schema: pa.Schema) -> Footer:
-        """Read it from a schema; an absent or unreadable entry is an empty footer."""
+        """Read it from a schema. An entry that is absent, damaged or of a later version is an empty footer: its
+        columns then do not say what made them, and nothing replaces them unasked."""
         raw = (schema.metadata or {}).get(FOOTER_KEY)
         if raw is None:
             return cls()
         try:
             value = json.loads(raw)
-            if value.get("format") != FORMAT:
+            if value["format"] not in READABLE:
                 return cls()
-            return cls(
-                value["columns"],
-                value.get("counts", {}),
-                value.get("output", {}),
-                value.get("id_col", "key"),
-                value.get("table", {}),
+            id_col = _checked(value.get("id_col", "key"), str)
+            entries = _checked(value["columns"], dict).items()
+            output = _checked(value.get("output", {}), dict)
+            found = cls(
+                {name: Entry.of(_checked(made, dict), id_col) for name, made in entries},
+                _counts(value.get("counts", {})),
+                output,
+                id_col,
+                _checked(value.get("table", {}), dict),
+                None if value.get("rows") is None else _checked(value["rows"], int),
+                _tally(value.get("dropped", {})),
             )
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
+        return found if value["format"] == FORMAT else _of_0_1_0(found)
+
+    def accounted(self) -> dict[str, Any]:
+        """The counts, with the rows that the output was made without."""
+        if not self.dropped:
+            return self.counts
+        reasons = Counter(self.counts.get("reasons", {})) + Counter(self.dropped.get("reasons", {}))
+        failed, no_image = self.dropped.get("failed", 0), self.dropped.get("no_image", 0)
+        return {
+            "read": self.counts.get("read", 0) + failed + no_image,
+            "embedded": self.counts.get("embedded", 0),
+            "failed": self.counts.get("failed", 0) + failed,
+            "no_image": self.counts.get("no_image", 0) + no_image,
+            "reasons": dict(sorted(reasons.items())),
+        }
 
     def to_bytes(self) -> bytes:
         """The stored form: canonical JSON, UTF-8."""
         value = {
             "format": FORMAT,
             "id_col": self.id_col,
-            "columns": self.columns,
+            "columns": {name: entry.to_dict() for name, entry in self.columns.items()},
             "counts": self.counts,
             "output": self.output,
             "table": self.table,
+            **({} if self.rows is None else {"rows": self.rows}),
+            **_given(dropped=self.dropped),
         }
-        return canonical_json(value).encode()
+        return canonical_json(value).encode("utf-8", "backslashreplace")
 
 
-@dataclass(frozen=True)
-class Status:
-    """What a shard still needs.
+def _of_0_1_0(footer: Footer) -> Footer:
+    """What version 0.1.0 meant: it counted rows that it dropped, and its digests were of the input's ids."""
+    rows = None if footer.output.get("on_error") == "drop" else footer.counts.get("read")
+    columns = footer.columns
+    if footer.output:
+        columns = {name: replace(entry, ids="") for name, entry in columns.items()}
+    return replace(footer, columns=columns, rows=rows)
 
-    Attributes:
-        todo: positions of the steps that must run; empty when the shard is done.
-        conflict: why it must not be touched without ``overwrite=True``; empty when nothing stands in the way.
+
+def _checked(value: Any, kind: type) -> Any:
+    """A value of this type; what JSON calls true is no number.
+
+    Raises:
+        TypeError: it is of another.
     """
-
-    todo: tuple[int, ...]
-    conflict: str = ""
-
-
-def same_samples(recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:
-    """Whether a column was made from the samples that are stored now."""
-    return all(recorded.get(key) == value for key, value in fingerprint.items())
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError(f"{type(value).__name__} where {kind.__name__} belongs")
+    return value
 
 
-def status(
-    schema: pa.Schema | None,
-    steps: Sequence[Step],
-    fingerprint: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    recipes: Sequence[Mapping[str, Any]] | None = None,
-) -> Status:
-    """Decide from a file's schema alone which steps a shard still needs.
-
-    Args:
-        schema: of the file that would be changed or copied; None when there is none yet.
-        fingerprint: of the shard's samples as they are now.
-        overwrite: replace columns that came from elsewhere or from another recipe.
-        recipes: ``counted(step.recipe())`` of every step, where it is at hand.
-    """
-    if schema is None:
-        return Status(tuple(range(len(steps))))
-    footer = Footer.of(schema)
-    todo: list[int] = []
-    for position, step in enumerate(steps):
-        recipe = counted(step.recipe()) if recipes is None else recipes[position]
-        present = [name for name in step.columns() if name in schema.names]
-        if not present:
-            todo.append(position)
-            continue
-        for name in present:
-            made = footer.columns.get(name)
-            if made is None:
-                why = f"column '{name}' is already there and does not say what made it"
-            elif counted(made.get("recipe", {})) != recipe:
-                why = f"column '{name}' was made another way ({_difference(made.get('recipe', {}), recipe)})"
-            elif not same_samples(made.get("samples", {}), fingerprint):
-                why = f"column '{name}' was made from images that have changed since"
-            else:
-                continue
-            if not overwrite:
-                return Status((), why)
-            todo.append(position)
-            break
-        else:
-            if len(present) < len(step.columns()):
-                todo.append(position)
-    return Status(tuple(todo))
+def _counts(value: Any) -> dict[str, Any]:
+    found = _tally(value)
+    return found | {name: _checked(found[name], int) for name in ("read", "embedded") if name in found}
 
 
-def _difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Name the first fields that differ, shortly: "model: 'a' there, 'b' now"."""
-    made = counted(made)
-    keys = [key for key in sorted({*made, *wanted}) if made.get(key) != wanted.get(key)]
-
-    def short(value: Any) -> str:
-        text = repr(value)
-        return text if len(text) <= 60 else text[:57] + "..."
-
-    return "; ".join(f"{key}: {short(made.get(key))} there, {short(wanted.get(key))} now" for key in keys[:3])
+def _tally(value: Any) -> dict[str, Any]:
+    found = dict(_checked(value, dict))
+    for name in ("failed", "no_image"):
+        _checked(found.get(name, 0), int)
+    for code, count in _checked(found.get("reasons", {}), dict).items():
+        _checked(code, str), _checked(count, int)
+    return found
 
 
 def recorded_settings(footers: Sequence[Footer], step: Step) -> dict[str, Any] | None:
@@ -167,7 +228,7 @@ def recorded_settings(footers: Sequence[Footer], step: Step) -> dict[str, Any] |
     wanted = counted(step.recipe(), without=SETTLED_PER_RUN)
     for footer in footers:
         for name in step.columns():
-            recipe = footer.columns.get(name, {}).get("recipe", {})
+            recipe = footer.columns[name].recipe if name in footer.columns else {}
             if counted(recipe, without=SETTLED_PER_RUN) == wanted:
                 return {key: recipe.get(key) for key in SETTLED_PER_RUN}
     return None

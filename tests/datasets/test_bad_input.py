@@ -348,7 +348,7 @@ def test_a_table_without_the_id_column(tmp_path: Path, source: Path) -> None:
 def test_a_table_with_two_id_columns(tmp_path: Path, source: Path) -> None:
     keys = pq.read_table(source / "00000.parquet").column("key")
     pq.write_table(pa.table([keys, keys], names=["key", "key"]), source / "00000.parquet")
-    with pytest.raises(RunStopped, match=r"00000\.parquet: has 2 columns named 'key'\. Rename"):
+    with pytest.raises(UsageError, match=r"00000\.parquet: has 2 columns named 'key'.*Choose the id column"):
         save(source, tmp_path / "out")
 
 

@@ -18,6 +18,7 @@ from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution import placing, run
 from curator_embed.execution.run import RowsFailed, RunStopped
 from curator_embed.storage.location import Location
+from curator_embed.tables.bookkeeping import Bookkeeping
 from curator_embed.tables.lock import OutputLock, OutputLocked
 from tests.shards import crops, write_dataset
 from tests.stub import ColourEmbedder
@@ -73,7 +74,7 @@ def test_every_folder_that_is_written_to_is_locked_and_cleared(tmp_path: Path, w
     left = two / "00001.parquet.tmp-999999-abcd"
     left.write_bytes(b"half")
     dataset = opened(one, two)
-    with OutputLock(Location.of(str(two))), pytest.raises(OutputLocked, match=str(two)):
+    with OutputLock(Bookkeeping.of(Location.of(str(two)))), pytest.raises(OutputLocked, match=str(two)):
         dataset.save_metadata(progress=False)
     dataset.save_metadata(progress=False)
     assert not left.exists()
@@ -114,7 +115,7 @@ def test_assigned_columns_are_written_under_the_lock(
     locked, write = [], saving.write_assigned
 
     def writing(*args: Any) -> None:
-        locked.append(os.path.exists(folder / "_curator_embed" / "lock.json"))
+        locked.append(os.path.exists(tmp_path / "in.curator_embed" / "lock.json"))
         write(*args)
 
     monkeypatch.setattr(saving, "write_assigned", writing)

@@ -66,7 +66,7 @@ def test_in_place_adds_columns_and_changes_nothing_else(
     table = pq.read_table(folder / "00000.parquet")
     assert table["second"].equals(table["image_embedding"])
     both = Footer.of(table.schema).columns
-    assert both["second"]["samples"] == both["image_embedding"]["samples"]
+    assert both["second"].samples == both["image_embedding"].samples
 
 
 def test_a_new_path_gets_no_images_unless_asked(client: Client, tmp_path: Path, wheel_photos: list[Path]) -> None:

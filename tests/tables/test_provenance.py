@@ -1,16 +1,17 @@
-"""Skip, redo, or refuse: decided from a footer."""
+"""What a footer says, in this version's form and in that of 0.1.0, and what is made of damaged ones."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from curator_embed.steps import Step
-from curator_embed.tables.provenance import FOOTER_KEY, Footer, recorded_settings, status
+from curator_embed.tables.provenance import FOOTER_KEY, FORMAT, Entry, Footer, counted, recorded_settings
 
-FINGERPRINT = {"size": 10, "mtime_ns": 5}
+ENTRY = Entry({"step": "embed", "model": "a"}, {"size": 10, "mtime_ns": 5}, {"id_col": "key"}, "abc", 192)
 
 
 class Made(Step):
@@ -26,50 +27,119 @@ class Made(Step):
         return self._recipe
 
 
-def schema(*steps: Step, fingerprint: dict[str, Any] = FINGERPRINT) -> pa.Schema:
-    columns = {n: {"recipe": s.recipe(), "samples": {**fingerprint, "ids": "x"}} for s in steps for n in s.columns()}
-    fields = [pa.field("key", pa.string())] + [pa.field(n, k) for s in steps for n, k in s.columns().items()]
-    return pa.schema(fields, metadata={FOOTER_KEY: Footer(columns).to_bytes()})
+def schema(value: Any) -> pa.Schema:
+    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return pa.schema([pa.field("key", pa.string())], metadata={FOOTER_KEY: raw})
 
 
-def test_the_same_recipe_on_the_same_samples_is_done() -> None:
-    assert status(schema(Made()), [Made()], FINGERPRINT).todo == ()
-
-
-def test_software_versions_and_halvings_are_recorded_but_do_not_count() -> None:
-    made = Made(software={"torch": "1"}, exceptions=["batch halved to 8"])
-    assert status(schema(made), [Made(software={"torch": "2"})], FINGERPRINT).todo == ()
-
-
-def test_only_missing_columns_are_computed() -> None:
-    assert status(schema(Made()), [Made(), Made("second")], FINGERPRINT).todo == (1,)
-    assert status(None, [Made(), Made("second")], FINGERPRINT).todo == (0, 1)
-
-
-@pytest.mark.parametrize(
-    ("there", "why"),
-    [
-        (schema(Made(model="b")), "model: 'b' there, 'a' now"),
-        (schema(Made(), fingerprint={"size": 11, "mtime_ns": 5}), "images that have changed"),
-        (pa.schema([("image_embedding", pa.list_(pa.float32()))]), "does not say what made it"),
-        (schema(Made(batch_shape=[8, 3, 224, 224])), "batch_shape"),
-    ],
-)
-def test_columns_made_otherwise_are_refused_unless_overwritten(there: pa.Schema, why: str) -> None:
-    assert why in status(there, [Made()], FINGERPRINT).conflict
-    assert status(there, [Made()], FINGERPRINT, overwrite=True).todo == (0,)
-
-
-def test_a_resumed_run_finds_the_settings_of_the_first() -> None:
-    finished = Footer.of(schema(Made(threads=7, compile=True)))
-    assert recorded_settings([Footer(), finished], Made()) == {"threads": 7, "compile": True}
-    assert recorded_settings([finished], Made(model="other")) is None
-
-
-@pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b"not json", b'{"format": 99, "columns": {}}'])
-def test_a_footer_that_cannot_be_read_counts_as_none(raw: bytes) -> None:
-    assert Footer.of(pa.schema([], metadata={FOOTER_KEY: raw})) == Footer()
+def test_every_field_comes_back() -> None:
+    footer = Footer(
+        {"image_embedding": ENTRY, "image_error": Entry()},
+        {"read": 3, "embedded": 1, "failed": 1, "no_image": 1, "reasons": {"empty": 1}},
+        {"on_error": "drop"},
+        "uid",
+        {"rows": 4, "size": 9, "ids": "x"},
+        2,
+        {"failed": 1, "no_image": 0, "reasons": {"truncated": 1}},
+    )
+    assert Footer.of(schema(footer.to_bytes())) == footer
+    assert json.loads(footer.to_bytes())["format"] == FORMAT == 2
 
 
 def test_footers_do_not_depend_on_the_order_of_keys() -> None:
-    assert Footer({"a": {"x": 1, "y": 2}}).to_bytes() == Footer({"a": {"y": 2, "x": 1}}).to_bytes()
+    one, other = Entry({"x": 1, "y": 2}), Entry({"y": 2, "x": 1})
+    assert Footer({"a": one}).to_bytes() == Footer({"a": other}).to_bytes()
+    assert one.digest == other.digest
+
+
+def test_text_that_no_utf8_can_hold_is_stored_escaped() -> None:
+    footer = Footer({"a": Entry({"root": "caf\udce9"})})
+    assert Footer.of(schema(footer.to_bytes())) == footer
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"[]", b"{}", b"not json", b'{"format": 99, "columns": {}}', b'{"format": 3, "columns": {}}', b"[" * 100_000,
+    b'{"format": 2, "columns": ' + b"9" * 5000 + b"}", b"\xff\xfe",
+])  # fmt: skip
+def test_a_footer_that_cannot_be_read_counts_as_none(raw: bytes) -> None:
+    assert Footer.of(schema(raw)) == Footer()
+
+
+GOOD: dict[str, Any] = {"format": 2, "id_col": "key", "columns": {"a": {"recipe": {}, "samples": {}}}, "counts": {}}
+
+
+@pytest.mark.parametrize("wrong", [
+    {"columns": []}, {"columns": None}, {"columns": "a"}, {"columns": {"a": None}}, {"columns": {"a": []}},
+    {"columns": {"a": {"recipe": []}}}, {"columns": {"a": {"samples": 1}}}, {"columns": {"a": {"samples": {"ids": 1}}}},
+    {"columns": {"a": {"pairing": "key"}}}, {"columns": {"a": {"dimension": "3"}}},
+    {"columns": {"a": {"dimension": True}}}, {"counts": []}, {"counts": {"read": "5"}}, {"counts": {"embedded": None}},
+    {"counts": {"failed": 0.5}}, {"counts": {"reasons": []}}, {"counts": {"reasons": {"empty": "1"}}}, {"output": 1},
+    {"table": []}, {"id_col": 1}, {"rows": "3"}, {"dropped": []}, {"dropped": {"failed": "x"}},
+])  # fmt: skip
+def test_one_of_wrong_types_counts_as_none(wrong: dict[str, Any]) -> None:
+    assert Footer.of(schema(GOOD)).columns == {"a": Entry()}
+    assert Footer.of(schema(GOOD | wrong)) == Footer()
+
+
+OLD = {
+    "format": 1,
+    "id_col": "uid",
+    "columns": {
+        "a": {"recipe": {"step": "embed"}, "samples": {"size": 10, "mtime_ns": 5, "ids": "x", "key_split": "last"}},
+        "b": {"recipe": {}, "samples": {"size": 10, "mtime_ns": 5, "ids": "x", "index": {"size": 3}}},
+        "c": {"recipe": {}, "samples": {"images": {"column": "jpg", "size": 10}, "ids": "x"}},
+        "d": {"recipe": {"step": "assigned"}, "samples": {}},
+    },
+    "counts": {"read": 5, "embedded": 4, "failed": 1, "no_image": 0, "reasons": {"empty": 1}},
+}
+
+
+def test_entries_of_0_1_0_say_how_rows_and_images_were_paired() -> None:
+    footer = Footer.of(schema(OLD))
+    assert {name: entry.pairing for name, entry in footer.columns.items()} == {
+        "a": {"id_col": "uid", "key_split": "last"},
+        "b": {"id_col": "uid", "index": {"size": 3}},
+        "c": {"id_col": "uid", "image_col": "jpg"},
+        "d": {},
+    }
+    assert [entry.samples for entry in footer.columns.values()] == [
+        {"size": 10, "mtime_ns": 5}, {"size": 10, "mtime_ns": 5}, {"images": {"size": 10}}, {},
+    ]  # fmt: skip
+    assert footer.columns["a"].ids == "x" and footer.rows == 5
+
+
+@pytest.mark.parametrize(("output", "rows", "ids"), [({"on_error": "drop"}, None, ""), ({"on_error": "keep"}, 5, "")])
+def test_outputs_of_0_1_0_had_digests_of_their_inputs_ids(output: dict[str, Any], rows: int | None, ids: str) -> None:
+    footer = Footer.of(schema(OLD | {"output": output}))
+    assert footer.rows == rows and footer.columns["a"].ids == ids
+
+
+def test_rows_that_were_dropped_are_accounted_for() -> None:
+    counts = {"read": 3, "embedded": 3, "failed": 0, "no_image": 0, "reasons": {}}
+    dropped = {"failed": 2, "no_image": 1, "reasons": {"empty": 2}}
+    assert Footer(counts=counts).accounted() == counts
+    assert Footer(counts=counts, dropped=dropped).accounted() == {
+        "read": 6, "embedded": 3, "failed": 2, "no_image": 1, "reasons": {"empty": 2},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("recipe", {"step": "embed", "model": "b"}), ("samples", {"size": 11, "mtime_ns": 5}),
+    ("pairing", {"id_col": "uid"}), ("ids", "abd"), ("dimension", 193),
+])  # fmt: skip
+def test_a_digest_stands_for_every_field_that_counts(field: str, value: Any) -> None:
+    fields = {name: getattr(ENTRY, name) for name in ("recipe", "samples", "pairing", "ids", "dimension")}
+    assert Entry(**fields).digest == ENTRY.digest
+    assert Entry(**fields | {field: value}).digest != ENTRY.digest
+
+
+def test_software_versions_and_halvings_are_recorded_but_do_not_count() -> None:
+    recipe = {"model": "a", "software": {"torch": "1"}, "exceptions": ["batch halved to 8"]}
+    assert counted(recipe) == {"model": "a"}
+    assert Entry(recipe).digest == Entry({"model": "a"}).digest
+
+
+def test_a_resumed_run_finds_the_settings_of_the_first() -> None:
+    finished = Footer({"image_embedding": Entry(Made(threads=7, compile=True).recipe())})
+    assert recorded_settings([Footer(), finished], Made()) == {"threads": 7, "compile": True}
+    assert recorded_settings([finished], Made(model="other")) is None

@@ -1,0 +1,313 @@
+"""Skip, redo, or refuse: decided from footers, field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from curator_embed.tables.conflicts import ConflictKind
+from curator_embed.tables.judge import (
+    Asked,
+    Facts,
+    Stored,
+    Wanted,
+    judge_columns,
+    judge_in_place,
+    judge_output,
+    outdated,
+    stale,
+)
+from curator_embed.tables.provenance import ERROR_COLUMN, Entry, Footer
+
+RECIPE = {
+    "step": "embed", "class": "TimmImageEmbedder", "model": "a", "weights": "sha", "preprocessing": {"size": [224]},
+    "honour_exif": False, "max_image_pixels": 10, "batch_shape": [16, 3, 224, 224], "device": "cpu", "decoder": "cpu",
+    "threads": 2, "compile": False, "precision": "float32", "normalize": True, "dtype": "float32",
+}  # fmt: skip
+SAMPLES = {"size": 10, "mtime_ns": 5}
+PAIRING = {"id_col": "key", "key_split": "last"}
+MADE = Entry(RECIPE, SAMPLES, PAIRING, "ids", 192)
+WANTED = Wanted(("a",), RECIPE)
+FACTS = Facts(SAMPLES, PAIRING)
+
+
+def test_a_column_made_the_same_way_from_the_same_is_up_to_date() -> None:
+    assert stale(MADE, WANTED, FACTS) is None
+    assert stale(MADE, dataclasses.replace(WANTED, dimension=192), dataclasses.replace(FACTS, ids="ids")) is None
+
+
+@pytest.mark.parametrize("name", sorted(RECIPE))
+def test_every_field_of_a_recipe_counts(name: str) -> None:
+    for made in ({**RECIPE, name: "other"}, {k: v for k, v in RECIPE.items() if k != name}):
+        found = stale(dataclasses.replace(MADE, recipe=made), WANTED, FACTS)
+        assert found is not None and found[0] is ConflictKind.OTHER_RECIPE and f"{name}: " in found[1]
+
+
+def test_a_field_that_only_the_column_has_counts() -> None:
+    found = stale(dataclasses.replace(MADE, recipe={**RECIPE, "cuda_graphs": True}), WANTED, FACTS)
+    assert found is not None and "cuda_graphs: True there, None now" in found[1]
+
+
+def test_a_missing_entry_is_not_taken_for_an_equal_one() -> None:
+    assert stale(None, Wanted(("a",), {}), Facts({}, {})) == (
+        ConflictKind.FOREIGN_COLUMN, "is already there and does not say what made it",
+    )  # fmt: skip
+    assert stale(Entry(), WANTED, FACTS) is not None
+
+
+@pytest.mark.parametrize("name", ["software", "exceptions"])
+def test_what_is_only_recorded_does_not_count(name: str) -> None:
+    assert stale(dataclasses.replace(MADE, recipe={**RECIPE, name: ["x"]}), WANTED, FACTS) is None
+
+
+def test_threads_do_not_count_for_parts_of_a_list() -> None:
+    made = dataclasses.replace(MADE, recipe={**RECIPE, "threads": 64})
+    assert stale(made, WANTED, FACTS) is not None
+    assert stale(made, WANTED, dataclasses.replace(FACTS, uncounted=frozenset({"threads"}))) is None
+    other = dataclasses.replace(MADE, recipe={**RECIPE, "compile": True})
+    assert stale(other, WANTED, dataclasses.replace(FACTS, uncounted=frozenset({"threads"}))) is not None
+
+
+@pytest.mark.parametrize(("changed", "kind"), [
+    ({"samples": {"size": 11, "mtime_ns": 5}}, ConflictKind.OTHER_SAMPLES),
+    ({"samples": {"size": 10, "mtime_ns": 6}}, ConflictKind.OTHER_SAMPLES),
+    ({"samples": {"size": 10}}, ConflictKind.OTHER_SAMPLES),
+    ({"pairing": {"id_col": "uid", "key_split": "last"}}, ConflictKind.OTHER_PAIRING),
+    ({"pairing": {"id_col": "key"}}, ConflictKind.OTHER_PAIRING),
+    ({"pairing": {"id_col": "key", "key_split": "last", "index": {"size": 3}}}, ConflictKind.OTHER_PAIRING),
+    ({"pairing": {"id_col": "key", "key_split": "last", "image_col": "jpg"}}, ConflictKind.OTHER_PAIRING),
+    ({"dimension": 193}, ConflictKind.OTHER_RECIPE),
+])  # fmt: skip
+def test_everything_that_a_column_was_made_from_counts(changed: dict[str, Any], kind: ConflictKind) -> None:
+    found = stale(dataclasses.replace(MADE, **changed), dataclasses.replace(WANTED, dimension=192), FACTS)
+    assert found is not None and found[0] is kind
+
+
+def test_permuted_ids_are_found_where_ids_were_read() -> None:
+    assert outdated(MADE, FACTS) is None
+    found = outdated(MADE, dataclasses.replace(FACTS, ids="other"))
+    assert found is not None and found[0] is ConflictKind.OTHER_IDS
+    assert outdated(dataclasses.replace(MADE, ids=""), dataclasses.replace(FACTS, ids="other")) is None, "0.1.0"
+
+
+def test_the_source_says_whether_samples_are_the_same() -> None:
+    facts = dataclasses.replace(FACTS, samples={"files": "x"}, changed=lambda recorded: "3 of 5 images")
+    found = outdated(MADE, facts)
+    assert found is not None and "3 of 5 images" in found[1]
+    assert outdated(MADE, dataclasses.replace(facts, changed=lambda recorded: "")) is None
+
+
+def test_only_missing_columns_are_computed() -> None:
+    two = (WANTED, Wanted(("b", "c"), {"step": "x"}))
+    assert judge_columns(["key", "a"], {"a": MADE}, two, FACTS).todo == (1,)
+    entries = {"a": MADE, "b": dataclasses.replace(MADE, recipe={"step": "x"})}
+    assert judge_columns(["key", "a", "b"], entries, two, FACTS).todo == (1,), "half of a step is none"
+    assert judge_columns(["key"], {}, two, FACTS).todo == (0, 1)
+
+
+def test_a_column_made_another_way_is_refused_unless_overwritten() -> None:
+    entries = {"a": dataclasses.replace(MADE, recipe={**RECIPE, "model": "b"})}
+    found = judge_columns(["key", "a"], entries, [WANTED], FACTS)
+    assert (found.todo, found.column, found.kind) == ((), "a", ConflictKind.OTHER_RECIPE)
+    assert found.why == "column 'a' was made another way (model: 'b' there, 'a' now)"
+    assert judge_columns(["key", "a"], entries, [WANTED], FACTS, overwrite=True).todo == (0,)
+
+
+def test_overwriting_makes_anew_what_is_up_to_date() -> None:
+    found = judge_columns(["key", "a"], {"a": MADE}, [WANTED], FACTS, overwrite=True)
+    assert found.todo == (0,) and found.kind is None
+
+
+def test_a_new_file_may_have_its_own_of_what_says_what_made_it() -> None:
+    entries = {"a": dataclasses.replace(MADE, recipe={**RECIPE, "model": "b"})}
+    found = judge_columns(["key", "a"], entries, [WANTED], FACTS, replace_ours=True)
+    assert (found.todo, found.replaced, found.kind) == ((0,), ("a",), None)
+    foreign = judge_columns(["key", "a"], {}, [WANTED], FACTS, replace_ours=True)
+    assert foreign.kind is ConflictKind.FOREIGN_COLUMN and foreign.todo == ()
+
+
+# -- whole shards --------------------------------------------------------------------------
+
+ASKED = Asked((WANTED,), "key")
+ERRORS = Entry({"step": "image_error"}, SAMPLES, PAIRING, "ids")
+COUNTS = {"read": 5, "embedded": 5, "failed": 0, "no_image": 0, "reasons": {}}
+
+
+def table(*names: str, rows: int = 5, **fields: Any) -> Stored:
+    """A file of ours with these columns beside the ids."""
+    columns = {"key": pa.string(), "a": pa.list_(pa.float32()), ERROR_COLUMN: pa.string()}
+    schema = pa.schema([(name, columns.get(name, pa.string())) for name in names])
+    made = {"a": MADE, ERROR_COLUMN: ERRORS}
+    footer = Footer({name: made[name] for name in names if name in made}, COUNTS, rows=5)
+    footer = dataclasses.replace(
+        footer, **{k: v for k, v in fields.items() if k in ("output", "table", "columns", "rows")}
+    )
+    rest = {k: v for k, v in fields.items() if k in ("damaged", "unfaithful", "mark")}
+    return Stored("/d/0.parquet", schema, rows, footer, **rest)
+
+
+DONE = ("key", "a", ERROR_COLUMN)
+
+
+def test_in_place_done_and_not() -> None:
+    assert judge_in_place(table(*DONE), ASKED, FACTS).done
+    found = judge_in_place(table("key", "caption", columns={}), ASKED, FACTS)
+    assert (found.done, found.todo, found.conflict) == (False, (0,), None)
+    assert judge_in_place(Stored("/d/0.parquet"), ASKED, FACTS).todo == (0,)
+
+
+def test_in_place_overwriting_is_never_done() -> None:
+    found = judge_in_place(table(*DONE), dataclasses.replace(ASKED, overwrite=True), FACTS)
+    assert not found.done and found.todo == (0,)
+
+
+def test_in_place_rows_that_somebody_added_are_worked_on() -> None:
+    assert judge_in_place(table(*DONE, rows=6), ASKED, FACTS).todo == (0,)
+    foreign = judge_in_place(table("key", "a", rows=6, columns={}), ASKED, FACTS)
+    assert foreign.conflict is not None and foreign.conflict.kind is ConflictKind.FOREIGN_COLUMN
+    assert judge_in_place(table(*DONE, rows=4), ASKED, FACTS).todo == (0,)
+
+
+@pytest.mark.parametrize(("there", "kind"), [
+    (table("caption"), ConflictKind.NO_ID_COLUMN),
+    (table("key", "key"), ConflictKind.NO_ID_COLUMN),
+    (table("key", ERROR_COLUMN, columns={}), ConflictKind.FOREIGN_COLUMN),
+    (table("key", "a", columns={}), ConflictKind.FOREIGN_COLUMN),
+    (table("key", unfaithful="column 't' is INT96"), ConflictKind.UNFAITHFUL),
+])  # fmt: skip
+def test_in_place_refusals(there: Stored, kind: ConflictKind) -> None:
+    found = judge_in_place(there, ASKED, FACTS)
+    assert found.conflict is not None and found.conflict.kind is kind and not found.done
+
+
+@pytest.mark.parametrize("there", [table("caption"), table("key", "key"), table("key", unfaithful="INT96")])
+def test_in_place_what_overwriting_cannot_mend_stays_refused(there: Stored) -> None:
+    found = judge_in_place(there, dataclasses.replace(ASKED, overwrite=True), FACTS)
+    assert found.conflict is not None and not found.conflict.overwritable
+
+
+def test_in_place_nothing_to_write_needs_no_faithful_file() -> None:
+    assert judge_in_place(table(*DONE, unfaithful="column 't' is INT96"), ASKED, FACTS).done
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_columns_of_images_that_are_gone_are_not_emptied(overwrite: bool) -> None:
+    gone = Facts({"size": None, "mtime_ns": None}, PAIRING, images=False)
+    asked = dataclasses.replace(ASKED, overwrite=overwrite)
+    more = Asked((Wanted(("b",), {"step": "x"}),), "key", overwrite=overwrite)
+    for what in (asked, more):
+        found = judge_in_place(table(*DONE), what, gone)
+        assert found.conflict is not None and found.conflict.kind is ConflictKind.IMAGES_GONE
+        assert not found.conflict.overwritable
+
+
+def test_a_table_that_never_had_images_takes_a_second_column() -> None:
+    never = {"size": None, "mtime_ns": None}
+    entries = {"a": dataclasses.replace(MADE, samples=never), ERROR_COLUMN: dataclasses.replace(ERRORS, samples=never)}
+    more = Asked((Wanted(("b",), {"step": "x"}),), "key")
+    found = judge_in_place(table(*DONE, columns=entries), more, Facts(never, PAIRING, images=False))
+    assert found.conflict is None and found.todo == (0,)
+
+
+OUTPUT = {"on_error": "keep"}
+TO = Asked((WANTED,), "key", OUTPUT, output="/out")
+MARK = {"size": 7, "mtime_ns": 3}
+FROM = {"rows": 5, "ids": "t", **MARK}
+
+
+def out(*names: str, **fields: Any) -> Stored:
+    """An output made from ``INPUT``."""
+    return table(*(names or DONE), **({"output": OUTPUT, "table": FROM} | fields))
+
+
+INPUT = table("key", "caption", columns={}, mark=MARK)
+ABSENT = Stored("/out/0.parquet")
+
+
+def test_an_output_done_and_not() -> None:
+    assert judge_output(out(), INPUT, TO, FACTS).done
+    found = judge_output(ABSENT, INPUT, TO, FACTS)
+    assert (found.done, found.todo, found.rows) == (False, (0,), 5)
+    assert not judge_output(out(), INPUT, dataclasses.replace(TO, overwrite=True), FACTS).done
+
+
+def test_an_output_that_had_columns_added_is_done_all_the_same() -> None:
+    assert judge_output(out("key", "a", ERROR_COLUMN, "phash"), INPUT, TO, FACTS).done
+
+
+@pytest.mark.parametrize(("there", "kind"), [
+    (out(output={}, table={}), ConflictKind.COLUMNS_ADDED),
+    (out(output={}, columns={}, table={}), ConflictKind.STRANGER),
+    (out(columns={}), ConflictKind.FOREIGN_COLUMN),
+    (out(output={"on_error": "drop"}), ConflictKind.OTHER_OPTIONS),
+    (out(output={"on_error": "keep", "columns": ["caption"]}), ConflictKind.OTHER_OPTIONS),
+    (out(table=FROM | {"rows": 6}), ConflictKind.OTHER_ROWS),
+    (out("key", ERROR_COLUMN), ConflictKind.LACKS_COLUMNS),
+    (out(columns={"a": dataclasses.replace(MADE, recipe={**RECIPE, "weights": "x"}), ERROR_COLUMN: ERRORS}),
+     ConflictKind.OTHER_RECIPE),
+    (Stored("/out/0.parquet", damaged="no magic bytes"), ConflictKind.DAMAGED),
+])  # fmt: skip
+def test_an_outputs_refusals(there: Stored, kind: ConflictKind) -> None:
+    found = judge_output(there, INPUT, TO, FACTS)
+    assert found.conflict is not None and found.conflict.kind is kind and not found.done
+    anew = judge_output(there, INPUT, dataclasses.replace(TO, overwrite=True), FACTS)
+    assert anew.conflict is None and anew.todo == (0,), "overwriting makes it anew, always"
+
+
+def test_a_trial_gives_way_to_the_whole() -> None:
+    trial = out(output=OUTPUT | {"limit": 3})
+    found = judge_output(trial, INPUT, TO, FACTS)
+    assert (found.done, found.conflict, found.todo) == (False, None, (0,))
+    assert judge_output(trial, INPUT, dataclasses.replace(TO, options=OUTPUT | {"limit": 3}), FACTS).done
+    assert judge_output(out(), INPUT, dataclasses.replace(TO, options=OUTPUT | {"limit": 3}), FACTS).done, (
+        "a whole shard"
+    )
+
+
+def test_the_datasets_own_table_is_no_output() -> None:
+    for overwrite in (False, True):
+        found = judge_output(out(), INPUT, dataclasses.replace(TO, overwrite=overwrite), FACTS, own=True)
+        assert found.conflict is not None and found.conflict.kind is ConflictKind.OWN_TABLE
+        assert "overwrite" not in found.conflict.advice
+
+
+def test_a_table_that_changed_since_is_told_and_other_ids_are_refused() -> None:
+    changed = dataclasses.replace(INPUT, mark={"size": 8, "mtime_ns": 4})
+    found = judge_output(out(), changed, TO, FACTS, ids="t")
+    assert found.done and "has changed since" in found.notes[0] and "overwrite=True" in found.notes[0]
+    other = judge_output(out(), changed, TO, FACTS, ids="other")
+    assert other.conflict is not None and other.conflict.kind is ConflictKind.OTHER_ROWS
+    assert judge_output(out(), INPUT, TO, FACTS).notes == ()
+
+
+def test_columns_of_the_input_that_are_up_to_date_are_copied() -> None:
+    found = judge_output(ABSENT, table(*DONE, mark=MARK), TO, FACTS)
+    assert (found.todo, found.conflict) == ((), None) and not found.done
+    assert judge_output(ABSENT, table(*DONE), dataclasses.replace(TO, overwrite=True), FACTS).todo == (0,)
+
+
+def test_a_second_model_into_a_new_folder_is_not_refused_for_the_first_ones_column() -> None:
+    first = dataclasses.replace(MADE, recipe={**RECIPE, "model": "first"})
+    found = judge_output(ABSENT, table(*DONE, columns={"a": first, ERROR_COLUMN: ERRORS}), TO, FACTS)
+    assert (found.todo, found.conflict) == ((0,), None)
+    assert "of another run" in found.notes[0]
+
+
+@pytest.mark.parametrize(("there", "kind"), [
+    (table("key", "a", columns={}), ConflictKind.FOREIGN_COLUMN),
+    (table("key", ERROR_COLUMN, columns={}), ConflictKind.FOREIGN_COLUMN),
+    (table("caption"), ConflictKind.NO_ID_COLUMN),
+])  # fmt: skip
+def test_columns_of_the_input_that_stand_in_the_way(there: Stored, kind: ConflictKind) -> None:
+    found = judge_output(ABSENT, there, TO, FACTS)
+    assert found.conflict is not None and found.conflict.kind is kind and found.todo == ()
+
+
+def test_an_output_without_a_table_behind_it() -> None:
+    assert judge_output(out(table={}), None, TO, FACTS).done
+    assert judge_output(out(table={}), dataclasses.replace(INPUT, mark=None), TO, FACTS).done, "a table made since"
+    found = judge_output(out(), None, TO, FACTS)
+    assert found.conflict is not None and "a table of 5 rows, and there is no table now" in found.conflict.why

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -14,6 +13,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from curator_embed.execution.gpus import Driver, driver
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.state:<8} {self.what:<16} {self.detail}"
-
-
-@dataclass(frozen=True)
-class Driver:
-    """What NVIDIA's driver says of itself.
-
-    Attributes:
-        cuda: the newest CUDA it can run, (major, minor).
-        devices: GPUs it sees.
-    """
-
-    cuda: tuple[int, int]
-    devices: int
 
 
 REQUIRED = (
@@ -109,19 +97,6 @@ def conclude(findings: Sequence[Finding]) -> str:
         doing = f"embeds on its CPU and on no GPU (missing: {', '.join(lacks)})"
     stores = ["local disks", *(place for package, place in _STORES.items() if state.get(package) == "ok")]
     return f"This machine {doing}; it reads from {', '.join(stores)}."
-
-
-def driver() -> Driver | None:
-    """Ask NVIDIA's driver library, which needs neither torch nor a CUDA toolkit; None where there is none."""
-    try:
-        library = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-    version, devices = ctypes.c_int(0), ctypes.c_int(0)
-    library.cuDriverGetVersion(ctypes.byref(version))
-    if library.cuInit(0) == 0:
-        library.cuDeviceGetCount(ctypes.byref(devices))
-    return Driver((version.value // 1000, version.value % 1000 // 10), devices.value)
 
 
 def _cores() -> int:

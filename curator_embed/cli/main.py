@@ -1,7 +1,7 @@
 """The commands and their options; what they do lies in the library.
 
 Exit status: 0 all rows accounted for, 1 some rows failed under ``--on-error raise``,
-2 bad usage, 3 the run could not go on.
+2 bad usage or something missing that it needs (nothing was changed), 3 the run could not go on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from curator_embed import __version__
+from curator_embed.cli.checks import check_decoder, check_device, check_models, check_weights
 from curator_embed.cli.cluster_options import ClusterOptions
 from curator_embed.cli.option_groups import takes_groups
 from curator_embed.cli.source_options import SourceOptions
 from curator_embed.cli.storage_options import StorageOptions
 from curator_embed.cli.wording import in_options, telling
-from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.errors import CuratorEmbedError, MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset
@@ -205,13 +206,18 @@ def embed(
     image is missing or broken are kept, with the reason in the column image_error. A run that was interrupted
     goes on where it stopped when the same command is given again.
     """
-    measured = _column_steps(hash or [], hash_size, properties, prefix)
     wanted = _models(model, column)
     files = _weights(weights or [], [name for _, name in wanted])
-    where.check()
     if pretrained and files:
         raise UsageError("--pretrained downloads weights and --weights names a file; give one of them")
-    pending = source.open(src, output=output, batch_size=batch_size)  # first: a wrong path shows before torch is there
+    where.check()
+    check_device(device, here=where.on_this_machine)
+    check_decoder(decoder.value, here=where.on_this_machine)
+    check_models(name for name, _ in wanted)
+    check_weights(files.values())
+    measured = _column_steps(hash or [], hash_size, properties, prefix)
+    pending = source.open(src, output=output, batch_size=batch_size)
+    # Only now torch: all that can be wrong without it has been told.
     from curator_embed.embedders import TimmImageEmbedder
 
     for name, into in wanted:
@@ -287,6 +293,7 @@ def columns(
     steps = _column_steps(hash or [], hash_size, properties, prefix)
     if not steps:
         raise UsageError("nothing to compute: give --hash KIND (several times for several) or --properties")
+    where.check()
     pending: ImageTextPairDataset = source.open(src, output=output)
     for step in steps:
         pending = step(pending)
@@ -354,6 +361,8 @@ def certify(
 
     Exit status 0 when they agree as promised (at most 2 grey levels and cosine >= 0.9999), else 3.
     """
+    check_models([model])
+    check_weights([] if weights is None else [weights])
     dataset = source.open(src)
     from curator_embed.embedders import TimmImageEmbedder
 
@@ -477,7 +486,7 @@ def main(arguments: list[str] | None = None) -> None:
         with telling(), warnings.catch_warnings():
             warnings.showwarning = _note(warnings.showwarning)
             app(arguments, standalone_mode=True)
-    except UsageError as error:
+    except (UsageError, MissingExtra) as error:
         _complain(error, 2)
     except CuratorEmbedError as error:
         from curator_embed.execution.run import RowsFailed, RunStopped

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from curator_embed.cli.checks import check_place
 from curator_embed.cli.source_kind import SourceKind, detect
 from curator_embed.cli.storage_options import StorageOptions
 from curator_embed.cli.wording import in_options, telling
@@ -116,6 +117,7 @@ class SourceOptions(StorageOptions):
             UsageError: options that contradict each other or do not belong to such a source, or nothing there.
         """
         storage = self.storage(src, self.root, self.metadata, output)
+        check_place(output, storage)
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
         opened = self._opened(src, kind, storage, batch_size)
         if kind is SourceKind.webdataset and all(shard.image_source() is None for shard in opened.shards):

@@ -6,7 +6,6 @@ arithmetic; no list of names but OpenAI's.
 
 from __future__ import annotations
 
-import difflib
 import re
 import threading
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 
 from curator_embed.decoding.spec import PreprocessSpec, openai_spec, spec_from_timm
 from curator_embed.embedders.forward import prefers_channels_last
+from curator_embed.embedders.names import unknown_model
 from curator_embed.embedders.openai_clip import TOWERS
 from curator_embed.embedders.weights import load_weights
 from curator_embed.errors import CuratorEmbedError, UsageError
@@ -342,7 +342,4 @@ def _timm_name(name: str) -> str:
             if not tag or get_pretrained_cfg(name, allow_unregistered=False) is not None:
                 return name
     known = tagged or [*TOWERS, *timm.list_models(pretrained=True), *timm.list_models()]
-    lowered = {candidate.lower(): candidate for candidate in known}
-    near = [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.5)]
-    hint = f" Did you mean: {', '.join(near or tagged[:4])}?" if near or tagged else ""
-    raise UsageError(f"there is no model named '{name}' in timm or among OpenAI's CLIP models.{hint}")
+    raise unknown_model(name, known, tagged)

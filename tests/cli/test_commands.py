@@ -289,16 +289,6 @@ def test_status_3_somebody_holds_the_output(run: Run, source: Path, tmp_path: Pa
     assert run("embed", source, *QUICK, "--output", tmp_path / "out").status == 0
 
 
-def test_status_3_no_gpu(run: Run, source: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    ran = run("embed", source, *QUICK, "--gpu")
-    assert ran.status == 3
-    assert "needs an NVIDIA GPU" in ran.err
-
-
 def test_status_3_weights_that_cannot_be_had(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No hub to download from is no reason for a stack trace, and not status 1, which says that rows failed."""
     import huggingface_hub.constants
@@ -487,22 +477,6 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         best = min(best, time.perf_counter() - started)
         assert done.returncode == 0, done.stderr
     assert best < 2, "under a second on a quiet machine"
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ("embed", "nowhere.txt", "--model", "x"),
-        ("embed", "nowhere", "--model", "x", "--model", "y"),
-        ("certify", "nowhere", "--model", "x"),
-    ],
-)
-def test_a_wrong_path_is_told_before_torch_is_loaded(arguments: tuple[str, ...]) -> None:
-    code = f"import sys; from curator_embed.cli import main\ntry: main({list(arguments)!r})\n" + (
-        "except SystemExit as ended: sys.exit('torch' if 'torch' in sys.modules else ended.code)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
 
 
 # -- stopping --------------------------------------------------------------------------------

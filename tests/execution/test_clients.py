@@ -239,3 +239,62 @@ def test_a_script_without_a_guard_is_told_of_it_on_gpus_too(two_gpus: None, monk
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
     with pytest.raises(UsageError, match="if __name__ == "):
         cuda_cluster(None, 2, {})
+
+
+UNGUARDED = """
+from curator_embed import get_client
+
+def work():
+    with get_client(n_workers=2) as client:
+        print(len(client.nthreads()))
+
+{call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        ("work()", 8),
+        ("if True:\n    work()", 9),
+        ("if __name__ == '__main__':\n    print()\nwork()", 10),
+        ("if __name__ == '__main__':\n    work()", None),
+    ],
+)
+def test_a_script_without_a_guard_starts_no_process_and_is_told_its_line(
+    tmp_path: Path, call: str, line: int | None
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED.format(call=call))
+    done = subprocess.run(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    if line is None:
+        assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr
+    else:
+        assert done.stdout.strip() == "" and done.stderr.count("Traceback") == 1
+        last = done.stderr.splitlines()[-1]
+        assert f"script.py, line {line}: several workers" in last and "under 'if __name__ == \"__main__\":'" in last
+
+
+def test_options_that_dask_does_not_know_are_named_before_it_is_asked() -> None:
+    with pytest.raises(
+        UsageError, match=r"^memory_limti: distributed.LocalCluster has no such option .*'memory_limit'"
+    ):
+        get_client(n_workers=2, memory_limti="1GB")
+    with pytest.raises(UsageError, match=r"cannot start a cluster with memory_limit \(ValueError: .*plenty"):
+        get_client(n_workers=2, memory_limit="plenty")
+    with get_client(death_timeout="9s", scheduler_kwargs={"dashboard_address": None, "transition_counter_max": 9999}):
+        pass  # of the worker's, and of the scheduler's own
+
+
+def test_a_gpu_that_is_not_there_is_told_in_the_words_of_who_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match=r"^cluster_type='gpu': needs an NVIDIA GPU"):
+        get_client("gpu")
+    with pytest.raises(UsageError, match=r"^<config>: gpus_per_node: 2: needs 2 NVIDIA GPUs") as told:
+        get_client(config={"cluster": "local", "gpus_per_node": 2})
+    assert "cluster_type" not in str(told.value)

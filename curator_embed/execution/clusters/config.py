@@ -6,16 +6,16 @@ Each kind of cluster is a frozen dataclass in a module of its own; its fields ar
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from curator_embed.errors import UsageError
+from curator_embed.execution.clusters.signatures import first_unknown, nearest
 
 KINDS = {
     "local": "local.LocalConfig",
@@ -72,6 +72,14 @@ class ClusterConfig:
         if not self.wait_seconds >= 0:  # not a number compares false
             raise self.wrong("wait_seconds", f"{self.wait_seconds} is no time to wait; seconds, 0 or more")
 
+    def check(self) -> None:
+        """See what can be seen before anything is started: packages, programs, GPUs, the names of ``options``.
+
+        Raises:
+            UsageError: the file asks for something that cannot be here.
+            MissingExtra: a package that this kind needs is not installed.
+        """
+
     def start(self) -> Any:
         """Start it.
 
@@ -105,6 +113,19 @@ class ClusterConfig:
     def wrong(self, key: str, why: str) -> UsageError:
         """An error about one key of the file."""
         return UsageError(f"{self.path}: {key}: {why}")
+
+    def check_names(self, key: str, given: Mapping[str, Any], owner: str, *targets: Callable[..., Any]) -> None:
+        """For a key whose value is a mapping of somebody else's options.
+
+        Args:
+            owner: who takes them, for the message.
+            targets: what it hands them on to, by whose signatures they are checked.
+
+        Raises:
+            UsageError: one that nobody knows; the message names it, and one that is spelled alike.
+        """
+        if given and (unknown := first_unknown(given, *targets)) is not None:
+            raise self.wrong(f"{key}.{unknown[0]}", f"{owner} has no such option{unknown[1]}")
 
     def check_wait(self) -> None:
         """For kinds that start a known number of workers.
@@ -185,7 +206,7 @@ def _config(said: Mapping[Any, Any], path: str) -> ClusterConfig:
         if name not in fields:
             known = [*fields, *kind_of.synonyms]
             raise UsageError(
-                f"{path}: unknown key {key!r} of a {kind_of.kind} cluster{_nearest(key, known)}. "
+                f"{path}: unknown key {key!r} of a {kind_of.kind} cluster{nearest(key, known)}. "
                 f"Known are {', '.join(sorted(fields))}"
             )
         if name in values:
@@ -210,16 +231,11 @@ def _kind(said: Mapping[Any, Any], path: str) -> type[ClusterConfig]:
         raise UsageError(f"{path}: needs a line 'cluster: KIND'; kinds are {', '.join(KINDS)}")
     if not isinstance(name, str) or name not in KINDS:
         raise UsageError(
-            f"{path}: cluster: {name!r} is no kind of cluster{_nearest(name, KINDS)}. Kinds are {', '.join(KINDS)}"
+            f"{path}: cluster: {name!r} is no kind of cluster{nearest(name, KINDS)}. Kinds are {', '.join(KINDS)}"
         )
     module, _, attribute = KINDS[name].partition(".")
     found: type[ClusterConfig] = getattr(import_module(f"{__package__}.{module}"), attribute)
     return found
-
-
-def _nearest(word: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(word), list(known), 1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.ASCII)

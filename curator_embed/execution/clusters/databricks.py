@@ -40,18 +40,22 @@ class DatabricksConfig(ClusterConfig):
             if getattr(self, key) != getattr(ClusterConfig(), key):
                 raise self.wrong(key, f"it has no effect here: {where}. Remove the line")
 
+    def check(self) -> None:
+        """See ``ClusterConfig.check``: whether this is a Databricks driver node."""
+        if "SPARK_LOCAL_IP" not in os.environ:
+            raise UsageError(
+                f"{self.path}: cluster: databricks works on the driver node of a Databricks cluster, in a notebook or "
+                "a job; here SPARK_LOCAL_IP is not set. Elsewhere use another kind of cluster"
+            )
+
     def start(self) -> Any:
         """Connect to the scheduler on this node.
 
         Returns:
             A ``dask_databricks.DatabricksCluster``; closing it leaves the Databricks cluster as it is.
         """
-        address = os.environ.get("SPARK_LOCAL_IP")
-        if address is None:
-            raise UsageError(
-                f"{self.path}: cluster: databricks works on the driver node of a Databricks cluster, in a notebook or "
-                "a job; here SPARK_LOCAL_IP is not set. Elsewhere use another kind of cluster"
-            )
+        self.check()
+        address = os.environ["SPARK_LOCAL_IP"]
         _begin_spark_session()
         try:
             from dask_databricks import DatabricksCluster

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from dask.utils import parse_bytes
 from distributed.core import Status
 
-from curator_embed.errors import CuratorEmbedError, MissingExtra
+from curator_embed.errors import CuratorEmbedError, MissingExtra, UsageError
 from curator_embed.execution.clusters.config import ON_THE_NODE, ClusterConfig
 from curator_embed.execution.clusters.lost_jobs import LostJobs
 
@@ -76,13 +76,18 @@ class JobQueueConfig(ClusterConfig):
             raise self.wrong("walltime", f"'{self.walltime}' is not HH:MM:SS, for instance '12:00:00'")
         self.check_size("memory_per_node")
 
-    def start(self) -> Any:
-        """Submit the jobs; see ``ClusterConfig.start``."""
+    def check(self) -> None:
+        """See ``ClusterConfig.check``: the system's own program, dask-jobqueue, and the names of its options."""
         if shutil.which(self.submits_with) is None:
-            raise CuratorEmbedError(
+            raise UsageError(
                 f"{self.path}: there is no '{self.submits_with}' on the PATH. Run this where jobs are submitted: on a "
                 "login node, or in a job of your own where jobs may submit jobs"
             )
+        self._check_options(self._class())
+
+    def start(self) -> Any:
+        """Submit the jobs; see ``ClusterConfig.start``."""
+        self.check()
         cluster = self._cluster()
         # As many jobs as nodes, waited for here: a refused one shows at once (scale() would only log it).
         for _ in range(self.nodes):
@@ -181,6 +186,14 @@ class JobQueueConfig(ClusterConfig):
         return None if self.log_directory is None else os.path.abspath(os.path.expanduser(self.log_directory))
 
     def _cluster(self) -> Any:
+        kind = self._class()
+        self._check_options(kind)
+        try:
+            return kind(**self.arguments())
+        except (TypeError, ValueError) as error:  # a value that it cannot use
+            raise self.wrong("options", str(error).splitlines()[0]) from error
+
+    def _class(self) -> Any:
         ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             import dask_jobqueue
@@ -188,10 +201,11 @@ class JobQueueConfig(ClusterConfig):
             raise MissingExtra("dask-jobqueue", "clusters", f"A {self.kind} cluster") from error
         if threading.current_thread() is threading.main_thread() and ctrl_c is not None:
             signal.signal(signal.SIGINT, ctrl_c)  # the import has made it end the process, with status 0
-        try:
-            return getattr(dask_jobqueue, self.cluster_class)(**self.arguments())
-        except (TypeError, ValueError) as error:  # an option that it does not know
-            raise self.wrong("options", str(error).splitlines()[0]) from error
+        return getattr(dask_jobqueue, self.cluster_class)
+
+    def _check_options(self, kind: Any) -> None:
+        jobs = [job.__init__ for job in kind.job_cls.__mro__ if "__init__" in vars(job) and job is not object]
+        self.check_names("options", self.options, f"dask_jobqueue.{self.cluster_class}", kind, *jobs)
 
 
 async def _settle(cluster: Any) -> None:

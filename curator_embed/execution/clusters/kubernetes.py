@@ -52,6 +52,9 @@ _IN_THE_MANIFEST = {
 }
 """Options of ``KubeCluster`` that it ignores beside a manifest, and the keys to use instead."""
 
+_DEFAULTS = {"create_mode": "CREATE_ONLY"}
+"""Connecting to what happens to have the name would run this on another image without a word."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesConfig(ClusterConfig):
@@ -167,24 +170,30 @@ class KubernetesConfig(ClusterConfig):
             },
         }
 
+    def check(self) -> None:
+        """See ``ClusterConfig.check``: dask-kubernetes, and the names of its options."""
+        try:
+            from dask_kubernetes.operator import KubeCluster
+            from dask_kubernetes.operator.kubecluster.kubecluster import CreateMode
+        except ImportError as error:
+            raise MissingExtra("dask-kubernetes", "kubernetes", f"{self.path}: cluster: kubernetes") from error
+        self.check_names("options", self.options, "dask_kubernetes.operator.KubeCluster", KubeCluster)
+        choices = [mode.value for mode in CreateMode]
+        if (_DEFAULTS | dict(self.options))["create_mode"] not in choices:
+            raise self.wrong("options.create_mode", f"choose one of {', '.join(choices)}")
+
     def start(self) -> Any:
         """Create the resource and wait, ``wait_seconds`` at most, until the scheduler's pod answers.
 
         Returns:
             A ``dask_kubernetes.operator.KubeCluster``; closing it removes the pods.
         """
-        try:
-            from dask_kubernetes.operator import KubeCluster
-            from dask_kubernetes.operator.kubecluster.kubecluster import CreateMode
-        except ImportError as error:
-            raise MissingExtra("dask-kubernetes", "kubernetes", f"{self.path}: cluster: kubernetes") from error
-        # Connecting to what happens to have the name would run this on another image without a word.
-        options = {"create_mode": "CREATE_ONLY"} | dict(self.options)
-        try:
-            mode = CreateMode(options.pop("create_mode"))
-        except ValueError:
-            choices = ", ".join(mode.value for mode in CreateMode)
-            raise self.wrong("options.create_mode", f"choose one of {choices}") from None
+        self.check()
+        from dask_kubernetes.operator import KubeCluster
+        from dask_kubernetes.operator.kubecluster.kubecluster import CreateMode
+
+        options = _DEFAULTS | dict(self.options)
+        mode = CreateMode(options.pop("create_mode"))
         # A KubeCluster that closes its cluster does so at exit as well, even when it never started because the name
         # was another's. So it is told to only once the cluster is known to be this run's.
         removes = options.pop("shutdown_on_close", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,21 +38,25 @@ class RunningConfig(ClusterConfig):
             if getattr(self, key) != getattr(plain, key):
                 raise self.wrong(key, "starts a new cluster and cannot go with a running scheduler")
 
+    def check(self) -> None:
+        """See ``ClusterConfig.check``: whether the scheduler's file is there."""
+        if self.scheduler_file is not None and not os.path.exists(self.scheduler_file):
+            raise UsageError(
+                f"scheduler_file={self.scheduler_file}: no such file; start a scheduler with "
+                f"--scheduler-file {self.scheduler_file}"
+            )
+
     def start(self) -> str:
         """The scheduler's address; see ``ClusterConfig.start``."""
         if self.scheduler is not None:
             return self.scheduler
+        self.check()
         assert self.scheduler_file is not None
         until = time.monotonic() + HALF_WRITTEN_S
         while True:
             try:
                 with open(self.scheduler_file, encoding="utf-8") as file:
                     return str(json.load(file)["address"])
-            except FileNotFoundError:
-                raise UsageError(
-                    f"scheduler_file={self.scheduler_file}: no such file; start a scheduler with "
-                    f"--scheduler-file {self.scheduler_file}"
-                ) from None
             except OSError as error:
                 raise UsageError(f"scheduler_file={self.scheduler_file}: cannot be read ({error.strerror})") from error
             except (ValueError, KeyError, TypeError):

@@ -56,10 +56,32 @@ class SshConfig(ClusterConfig):
         if self.memory_per_node is not None:
             self.check_size("memory_per_node")
 
-    def start(self) -> Any:
-        """Start scheduler and workers on the hosts; see ``ClusterConfig.start``."""
+    def check(self) -> None:
+        """See ``ClusterConfig.check``."""
         if importlib.util.find_spec("asyncssh") is None:
             raise MissingExtra("asyncssh", "clusters", "A cluster over SSH")
+        if self.connect_options:
+            import asyncssh
+
+            known = (asyncssh.connect, asyncssh.SSHClientConnectionOptions.prepare)
+            self.check_names("connect_options", self.connect_options, "asyncssh.connect", *known)
+        if not self.options:
+            return
+        from distributed import Nanny, Scheduler, SSHCluster, Worker
+        from distributed.core import Server
+        from distributed.deploy.spec import SpecCluster
+
+        self.check_names("options", self.options, "distributed.SSHCluster", SSHCluster, SpecCluster)
+        for key, kinds in (("scheduler_options", (Scheduler, Server)), ("worker_options", (Nanny, Worker, Server))):
+            given = self.options.get(key, {})
+            if not isinstance(given, Mapping):
+                raise self.wrong(f"options.{key}", f"must be a mapping ('name: value' lines, indented), not {given!r}")
+            if key == "scheduler_options" or not self.gpus_per_node:  # dask-cuda's workers take options of their own
+                self.check_names(f"options.{key}", given, f"distributed.{kinds[0].__name__}", *kinds)
+
+    def start(self) -> Any:
+        """Start scheduler and workers on the hosts; see ``ClusterConfig.start``."""
+        self.check()
         from distributed import SSHCluster
 
         with _last_lines() as lines:
@@ -67,10 +89,9 @@ class SshConfig(ClusterConfig):
                 return SSHCluster(**self.arguments())
             except Exception as error:  # asyncssh's, the system's, or what the remote Python did not say
                 said = f" It said: {' | '.join(lines)}" if lines else ""
-                host = self.hosts[0]
                 raise CuratorEmbedError(
                     f"{self.path}: the cluster did not start on {', '.join(self.hosts)}: "
-                    f"{type(error).__name__}: {error}.{said} Try: ssh {host} {self._python()} -c 'import curator_embed'"
+                    f"{type(error).__name__}: {error}.{said} Try: {self.by_hand()}"
                 ) from error
 
     def arguments(self) -> dict[str, Any]:
@@ -96,6 +117,21 @@ class SshConfig(ClusterConfig):
         ours["scheduler_options"] = {**scheduler, **options.pop("scheduler_options", {})}
         ours["worker_options"] = {**worker, **options.pop("worker_options", {})}
         return {**ours, **options}
+
+    def by_hand(self) -> str:
+        """The command by which a person finds out whether a worker could start: the same host, port, user and key."""
+        options: list[str] = []
+        if "port" in self.connect_options:
+            options += ["-p", str(self.connect_options["port"])]
+        keys = self.connect_options.get("client_keys") or ()
+        for key in [keys] if isinstance(keys, str) else keys:
+            options += ["-i", str(key)]
+        if isinstance(known := self.connect_options.get("known_hosts", ""), str) and known:
+            options += ["-o", f"UserKnownHostsFile={known}"]
+        user = self.connect_options.get("username")
+        host = f"{user}@{self.hosts[0]}" if user else self.hosts[0]
+        command = f"{self._python()} -c 'import curator_embed'"
+        return shlex.join(["ssh", *options, host, command])
 
     def _python(self) -> str:
         """The remote Python for a shell, told which GPUs are its own: it runs behind ``env``."""

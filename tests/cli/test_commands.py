@@ -242,7 +242,7 @@ def test_status_1_rows_failed(run: Run, source: Path, tmp_path: Path) -> None:
         (("embed", "SRC", "--model", MODEL, "--storage-options", "{"), "--storage-options"),
         (("embed", "SRC", "--model", MODEL, "--storage-options", "[]"), "--storage-options"),
         (("embed", "SRC", "--model", MODEL, "--device", "abacus"), "abacus"),
-        (("embed", "SRC", "--model", MODEL, "--device", "cuda:99"), "and no worker sees"),
+        (("embed", "SRC", "--model", MODEL, "--device", "cuda:99"), "--device cuda:99"),
         (("embed", "SRC", "--model", "test_vit.r160_in1k", "--image-size", "161"), "161"),
         (("embed", "SRC", "--model", MODEL, "--model", "test_resnet"), "--model test_resnet=COLUMN"),
         (("embed", "SRC", "--model", f"{MODEL}="), "NAME=COLUMN"),

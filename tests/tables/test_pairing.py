@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -59,7 +60,11 @@ def test_every_row_and_every_sample_is_accounted_for(rows: list[str], samples: l
         (pa.array([1.0, 20.0, None]), ["1", "20", None]),
         (pa.array(["01", "ü b.c", None]), ["01", "ü b.c", None]),
         (pa.array([b"01", None]), ["01", None]),
+        (pa.array([b"01", None], pa.large_binary()), ["01", None]),
+        (pa.array([b"01", None], pa.binary(2)), ["01", None]),
         (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        (pa.array([b"01", None, b"02"]).dictionary_encode(), ["01", None, "02"]),
+        (pa.array([1.0, None, 20.5]).dictionary_encode(), ["1", None, "20.5"]),
         (pa.array([2**63], pa.uint64()), [str(2**63)]),
     ],
 )
@@ -83,6 +88,19 @@ def test_an_integer_column_meets_zero_padded_keys() -> None:
     assert normalise_key("000000042", numeric=True) == "42"
     assert normalise_key("000000042", numeric=False) == "000000042"
     assert normalise_key("a42", numeric=True) == "a42"
+    assert normalise_key("-042", numeric=True) == "-42"
+    assert normalise_key("-0-42", numeric=True) == "-0-42"
+
+
+def test_a_dictionary_column_counts_as_what_it_holds_and_no_column_as_text() -> None:
+    assert key_normaliser(pa.dictionary(pa.int32(), pa.int64()))
+    assert not key_normaliser(pa.dictionary(pa.int32(), pa.string()))
+    assert key_normaliser(None) is False
+
+
+@pytest.mark.parametrize("key", ["²", "٤٢", "４２"])
+def test_only_ascii_digits_make_a_number(key: str) -> None:
+    assert normalise_key(key, numeric=True) == key
 
 
 @given(st.lists(st.one_of(st.none(), st.text(max_size=5)), max_size=6))
@@ -92,5 +110,12 @@ def test_the_digest_tells_id_lists_apart(ids: list[str | None]) -> None:
     assert ids_digest(["", None]) != ids_digest([None, ""])
 
 
-def test_positions_are_integers_even_when_nothing_pairs() -> None:
-    assert pair([], []).sample_of_row.dtype == np.int64
+def test_the_digest_is_the_one_that_footers_hold() -> None:
+    """It is compared with what earlier runs wrote: sha256 over each id's length (4 bytes, little-endian) and bytes."""
+    by_hand = hashlib.sha256(b"\x02\0\0\0\x01a" + b"\x01\0\0\0\0" + b"\x02\0\0\0\x01\xff").hexdigest()
+    assert ids_digest(["a", None, "\udcff"]) == by_hand[:32] == "55bdedb21824b8c99b7130e39782276d"
+
+
+def test_positions_and_flags_have_their_types_even_when_nothing_pairs() -> None:
+    pairing = pair([], [])
+    assert (pairing.sample_of_row.dtype, pairing.ambiguous.dtype, pairing.orphans.dtype) == (np.int64, bool, np.int64)

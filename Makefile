@@ -14,6 +14,7 @@ OLD_VENV := .venv-pyarrow14
 OLD_INSTALLED := $(OLD_VENV)/.installed
 DEMO ?= demo-output
 PYTEST_ARGS ?=
+MUTATION_ARGS ?=
 # Test processes; each takes up to 3 GB. Files stay whole, because their fixtures are servers and clusters.
 TEST_PROCESSES ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
 IN_PARALLEL = -n $(TEST_PROCESSES) --dist loadfile
@@ -28,10 +29,10 @@ find-python = $(shell for p in "$(PYTHON)" python3.11 python3.12 python3.13 pyth
 	[ -n "$$p" ] && "$$p" -c 'import sys, venv, ensurepip; sys.exit(not ($(1)))' >/dev/null 2>&1 \
 	&& command -v "$$p" && break; done)
 
-.PHONY: help install demo test test-slow test-slurm lint docs bench lock clean
+.PHONY: help install demo test test-slow test-slurm test-mutation lint docs bench lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## Make .venv with everything the demo and the tests need
 
@@ -48,6 +49,9 @@ test-slurm: $(INSTALLED) ## Install Slurm with apt and run the tests that start 
 	@PATH="$$PATH:/usr/sbin"; if ! command -v slurmctld >/dev/null || ! command -v munged >/dev/null; then \
 		$(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends slurm-wlm munge; fi
 	$(SUDO) env PYTHONDONTWRITEBYTECODE=1 $(BIN)/python -m pytest -p no:cacheprovider -m slurm tests/clusters $(PYTEST_ARGS)
+
+test-mutation: $(INSTALLED) ## Change pure modules in small ways and ask whether their tests see it (half an hour)
+	$(BIN)/python -m tests.mutation.run $(MUTATION_ARGS)
 
 lint: $(INSTALLED) ## Run ruff and mypy
 	$(BIN)/ruff check .

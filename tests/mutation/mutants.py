@@ -105,6 +105,7 @@ Change = tuple[ast.stmt | ast.expr, ast.AST | str]
 def _changes(tree: ast.Module) -> Iterator[Change]:
     functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     last = {node.body[-1] for node in functions if isinstance(node.body[-1], ast.Return)}
+    indices = {node.slice for node in ast.walk(tree) if isinstance(node, ast.Subscript)}
     for node in _worth_changing(tree):
         match node:
             case ast.Compare():
@@ -120,7 +121,8 @@ def _changes(tree: ast.Module) -> Iterator[Change]:
             case ast.Dict():
                 yield from _without_one(node, ("keys", "values"))
             case ast.List() | ast.Set() | ast.Tuple() if not isinstance(getattr(node, "ctx", None), ast.Store):
-                yield from _without_one(node, ("elts",))
+                if node not in indices:
+                    yield from _without_one(node, ("elts",))
             case ast.Call():
                 yield from _without_one(node, ("keywords",))
                 yield from _other_function(node)

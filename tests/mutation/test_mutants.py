@@ -31,8 +31,8 @@ from tests.mutation.run import EQUIVALENT, ROOT, TARGETS, read_explanations
         ("a.b = c", {"pass"}),
         ("raise E('why', 3)", {"pass"}),
         ("ü = a < 'ä'", {"ü = (a <= 'ä')", "ü = (a >= 'ä')", "ü = a < 'x'"}),
-        ("def f(x: int = 1) -> int: return x", {"def f(x: int = 2) -> int: return x", "def f(x: int = 0) -> int: return x",
-                                                "def f(x: int = 1) -> int: return None"}),
+        ("def f(x: int = b): return x", {"def f(x: int = b): return None"}),
+        ("def f(x: int = 1): pass", {"def f(x: int = 2): pass", "def f(x: int = 0): pass"}),
         ("Size = tuple[int, int]", set()),
     ],
 )  # fmt: skip

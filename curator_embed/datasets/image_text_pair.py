@@ -303,6 +303,7 @@ class ImageTextPairDataset:
         columns: Sequence[str] | None = None,
         on_error: Literal["keep", "drop", "raise"] = "keep",
         overwrite: bool = False,
+        state: str | None = None,
     ) -> ShardJob:
         """The pending steps as a job for ``execution``, not yet placed on any device."""
         threads = [step.num_threads_per_worker for step in self._steps if step.num_threads_per_worker is not None]
@@ -315,6 +316,7 @@ class ImageTextPairDataset:
             overwrite=overwrite,
             decode_threads=max(threads, default=4),
             storage_options=self.storage_options,
+            state=None if state is None else absolute(str(state)),
         )
 
     def save_metadata(
@@ -327,6 +329,7 @@ class ImageTextPairDataset:
         certify: bool = False,
         limit: int | None = None,
         progress: bool = True,
+        state: str | None = None,
     ) -> RunReport:
         """Compute what is pending and write it: one parquet a shard, whole or not at all.
 
@@ -339,11 +342,15 @@ class ImageTextPairDataset:
                 along); in place nothing is ever dropped.
             on_error: rows whose image failed are kept with a null and a reason in ``image_error``, dropped
                 (needs a path), or end the run.
-            overwrite: replace files and columns that are in the way: made another way, or by someone else.
+            overwrite: make everything anew, also what is up to date, and replace files and columns that are in the way:
+                made another way, or by someone else. Such a run goes on when it was killed; one that is through begins
+                anew when it is asked for again.
             certify: compare the preprocessing with the model's own on a sample of the images, and put the
                 figures into the report.
             limit: work on the first ``limit`` rows only (needs a path).
             progress: show a progress bar.
+            state: where reports and locks lie, by default beside the output in ``{path}.curator_embed``. Every run on
+                the output must name the same place.
 
         Returns:
             The report; ``report.dataset`` is the saved dataset.
@@ -354,9 +361,8 @@ class ImageTextPairDataset:
         """
         from curator_embed.datasets.saving import save
 
-        return save(
-            self, path, columns, on_error=on_error, overwrite=overwrite, certify=certify, limit=limit, progress=progress
-        )
+        job = self.job(path, columns, on_error, overwrite, state)
+        return save(self, job, certify=certify, limit=limit, progress=progress)
 
     def plan(self, path: str | None = None, *, limit: int | None = None, overwrite: bool = False) -> RunPlan:
         """What ``save_metadata`` would do: shards and rows left, bytes to write, what stands in the way."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from curator_embed.datasets.frames import assigned_columns, write_assigned
 from curator_embed.errors import UsageError
@@ -21,19 +20,10 @@ if TYPE_CHECKING:
 
 
 def save(
-    dataset: ImageTextPairDataset,
-    path: str | None,
-    columns: Sequence[str] | None,
-    *,
-    on_error: Literal["keep", "drop", "raise"],
-    overwrite: bool,
-    certify: bool,
-    limit: int | None,
-    progress: bool,
+    dataset: ImageTextPairDataset, job: ShardJob, *, certify: bool, limit: int | None, progress: bool
 ) -> RunReport:
     """See ``ImageTextPairDataset.save_metadata``."""
-    _check_arguments(dataset, path, columns, on_error, limit)
-    job = dataset.job(path, columns, on_error, overwrite)
+    _check_arguments(dataset, job, limit)
     assigned = assigned_columns(dataset)
     if assigned is not None and limit is not None:
         raise UsageError("limit= cannot go with columns assigned to the metadata; save without one of them")
@@ -62,28 +52,23 @@ def save(
 
 def plan(dataset: ImageTextPairDataset, path: str | None, *, limit: int | None, overwrite: bool) -> RunPlan:
     """See ``ImageTextPairDataset.plan``."""
-    _check_arguments(dataset, path, None, "keep", limit)
+    job = dataset.job(path, None, "keep", overwrite)
+    _check_arguments(dataset, job, limit)
     with some_client() as client:
-        job = place_on_workers(client, dataset.job(path, None, "keep", overwrite))
+        job = place_on_workers(client, job)
         tasks = sum(client.nthreads().values())
         return make_plan(dataset.shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
 
 
-def _check_arguments(
-    dataset: ImageTextPairDataset,
-    path: str | None,
-    columns: Sequence[str] | None,
-    on_error: str,
-    limit: int | None,
-) -> None:
-    if on_error not in ("keep", "drop", "raise"):
-        raise UsageError(f"on_error={on_error!r}: choose 'keep', 'drop' or 'raise'")
+def _check_arguments(dataset: ImageTextPairDataset, job: ShardJob, limit: int | None) -> None:
+    if job.on_error not in ("keep", "drop", "raise"):
+        raise UsageError(f"on_error={job.on_error!r}: choose 'keep', 'drop' or 'raise'")
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit}: at least 1")
-    if path is None:
+    if job.output is None:
         for given, why in (
-            (on_error == "drop", "on_error='drop' removes rows"),
-            (columns is not None, "columns= leaves columns out"),
+            (job.on_error == "drop", "on_error='drop' removes rows"),
+            (job.select is not None, "columns= leaves columns out"),
             (limit is not None, "limit= leaves rows out"),
         ):
             if given:

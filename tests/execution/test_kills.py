@@ -74,6 +74,26 @@ def test_killed_while_adding_in_place(point: str, zygote: Zygote, source: Path, 
     assert contents(there[1]) == contents(there[0])
 
 
+@pytest.mark.parametrize("point", ["shard.read", "output.temporary_written", "output.replaced"])
+def test_an_overwriting_run_that_was_killed_goes_on_and_a_whole_one_begins_anew(
+    point: str, zygote: Zygote, source: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    output, options = tmp_path / "out", {"overwrite": True}
+    assert zygote.run(source=str(source), output=str(output)) == 0
+    first = finished(output)
+    environment = {"CURATOR_EMBED_FAILPOINT": f"{point}:3"}
+    assert zygote.run(source=str(source), output=str(output), options=options, environment=environment) == -9
+    made = {name: time for name, time in finished(output).items() if time != first[name]}
+    assert 0 < len(made) < SHARDS
+    assert zygote.run(source=str(source), output=str(output), options=options) == 0
+    second = finished(output)
+    assert {name: second[name] for name in made} == made, "what it had made anew is not made again"
+    assert all(second[name] != first[name] for name in first)
+    assert contents(output) == undisturbed
+    assert zygote.run(source=str(source), output=str(output), options=options) == 0
+    assert all(time != second[name] for name, time in finished(output).items()), "asked for again: all of it"
+
+
 def test_a_killed_worker_costs_only_time(zygote: Zygote, source: Path, tmp_path: Path) -> None:
     # Two workers share the cores, so forward passes get fewer threads than alone: compare with two workers.
     assert zygote.run(source=str(source), output=str(tmp_path / "whole"), workers=2) == 0

@@ -178,7 +178,7 @@ class ImageTextPairDataset:
             SourceError: the folder cannot be listed.
         """
         from curator_embed.sources.folder import find_images
-        from curator_embed.sources.tables import with_found_tables
+        from curator_embed.tables.known_files import fit_to_own_tables
 
         shards = find_images(
             path,
@@ -188,8 +188,8 @@ class ImageTextPairDataset:
             storage_options=storage_options,
             policy=reading,
         )
-        tabled = with_found_tables(shards, metadata_path, storage_options)
-        return cls(tabled, id_col, storage_options=storage_options)
+        fitted = fit_to_own_tables(shards, metadata_path, id_col, storage_options)
+        return cls(fitted, id_col, storage_options=storage_options)
 
     @classmethod
     def from_parquet(

@@ -9,7 +9,7 @@ from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.job import ShardJob
 from curator_embed.execution.placing import place_on_workers
-from curator_embed.execution.run import RunPlan, execute, make_plan
+from curator_embed.execution.run import RunPlan, execute, fit_to_output, make_plan
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.pipeline.engines import agreed_decode
 from curator_embed.storage.location import Location
@@ -32,15 +32,16 @@ def save(
         if assigned is not None:
             write_assigned(assigned, dataset, job)
 
-    report, _ = execute(
+    report, done = execute(
         dataset.shards,
         job,
         limit=limit,
         progress=progress,
         certify=certify,
         afterwards=write_added,
+        as_cut=assigned is not None,
     )
-    saved = dataset.like([shard.with_table(job.target(shard)) for shard in dataset.shards], ())
+    saved = dataset.like([shard.with_table(job.target(shard)) for shard in done.shards], ())
     if limit is None:
         dataset.read_from(saved)
     else:  # a trial: the object stays what it was
@@ -57,7 +58,8 @@ def plan(dataset: ImageTextPairDataset, path: str | None, *, limit: int | None, 
     with some_client() as client:
         job = place_on_workers(client, job)
         tasks = sum(client.nthreads().values())
-        return make_plan(dataset.shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
+        shards, _ = fit_to_output(dataset.shards, job)
+        return make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
 
 
 def _check_arguments(dataset: ImageTextPairDataset, job: ShardJob, limit: int | None) -> None:

@@ -32,7 +32,7 @@ from curator_embed.execution.placing import place_on_workers
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.survey import look, survey
 from curator_embed.execution.workers import cores_per_worker
-from curator_embed.sources.path_list import cut_otherwise
+from curator_embed.sources.path_list import cut_otherwise, to_fit
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Settings, Step
 from curator_embed.storage.files import fingerprint, is_folder, is_remote, list_files, local_path, redact
@@ -40,6 +40,7 @@ from curator_embed.storage.location import Location, Token
 from curator_embed.tables.bookkeeping import Bookkeeping
 from curator_embed.tables.conflicts import Conflict, ConflictKind
 from curator_embed.tables.judge import Judgement
+from curator_embed.tables.known_files import fit_to_folder
 from curator_embed.tables.lock import OutputLock
 from curator_embed.tables.overwriting import Overwriting
 from curator_embed.tables.provenance import SETTLED_PER_RUN, counted, recorded_settings
@@ -52,10 +53,7 @@ SURVEY_THREADS = {"local": 2, "remote": 16}
 """Threads that read footers: from a local disk more than two only wait for each other."""
 
 
-_TWICE = (
-    "already contains some of this run's rows under another name; the list or the number of images per file has changed"
-)
-_TWICE_REMEDY = "Remove it, or write into another folder"
+_TWICE = "already contains some of this run's rows: the list or images_per_file has changed"
 
 
 class RunStopped(CuratorEmbedError):
@@ -97,7 +95,7 @@ class RunPlan:
     bytes_to_write: int | None = None
     bytes_free: int | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    overlapping: list[str] = field(default_factory=list)
+    overlapping: list[Conflict] = field(default_factory=list)
     versions: dict[str, Token | None] = field(default_factory=dict)
 
     @property
@@ -115,8 +113,7 @@ class RunPlan:
 
     def conflicts(self) -> list[Conflict]:
         """Rows that would be there twice, and every shard that must not be written as asked."""
-        twice = [Conflict(ConflictKind.CUT_OTHERWISE, path, _TWICE, _TWICE_REMEDY) for path in self.overlapping]
-        return twice + [found.conflict for found in self.surveys if found.conflict is not None]
+        return self.overlapping + [found.conflict for found in self.surveys if found.conflict is not None]
 
     def notes(self) -> list[str]:
         """What a person should know of shards that are done."""
@@ -199,16 +196,51 @@ def _dimensions(job: ShardJob, surveys: Sequence[Judgement]) -> dict[str, int]:
     return found
 
 
-def _overlapping(job: ShardJob, shards: Sequence[Shard]) -> list[str]:
+def _overlapping(job: ShardJob, shards: Sequence[Shard]) -> list[Conflict]:
     """Files in the output folder that hold the same rows cut in another way; readers of the folder would see both."""
-    if not shards or not shards[0].by_position:
+    if not shards or not shards[0].by_position or shards[0].grows:
         return []
     folder = job.target(shards[0]).rpartition("/")[0]
     if not is_folder(folder, job.storage_options):
         return []
     found = list_files(folder, ".parquet", job.storage_options)
     stems = [path.rpartition("/")[2].removesuffix(".parquet") for path in found]
-    return [f"{redact(folder)}/{stem}.parquet" for stem in cut_otherwise(stems, [shard.name for shard in shards])]
+    own = [shard.name for shard in shards]
+    return [
+        Conflict(
+            ConflictKind.CUT_OTHERWISE,
+            f"{redact(folder)}/{stem}.parquet",
+            _TWICE,
+            f"{to_fit(stems, own)}, or choose another output path",
+        )
+        for stem in cut_otherwise(stems, own)
+    ]
+
+
+def fit_to_output(shards: Sequence[Shard], job: ShardJob) -> tuple[list[Shard], list[str]]:
+    """A dataset that grows, cut as the files have it that are in the folder it is written to; and what to tell.
+
+    Raises:
+        UsageError: two files have a row for the same image, or a file stands in the way.
+    """
+    folder = job.target(shards[0]).rpartition("/")[0]
+    own = job.output is None
+    return fit_to_folder(shards, folder, id_col=job.id_col, storage_options=job.storage_options, own=own)
+
+
+def _check_partitions(before: Sequence[Shard], now: Sequence[Shard], job: ShardJob) -> None:
+    """Raises UsageError where values that were computed shard by shard would meet other shards."""
+    if [shard.name for shard in before] == [shard.name for shard in now] and all(
+        one is other or one.keys(id_col=job.id_col) == other.keys(id_col=job.id_col)
+        for one, other in zip(before, now, strict=True)
+    ):
+        return
+    folder = redact(job.target(now[0]).rpartition("/")[0])
+    raise UsageError(
+        f"{folder}: its files hold other images than the partitions of the metadata that columns were assigned to. "
+        f"Nothing was changed. Open the dataset with metadata_path='{folder}' and assign the columns to that, or "
+        "choose another output path"
+    )
 
 
 def _first(*values: int | None) -> int | None:
@@ -312,6 +344,7 @@ def execute(
     progress: bool = True,
     certify: bool = False,
     afterwards: Callable[[ShardJob], None] | None = None,
+    as_cut: bool = False,
 ) -> tuple[RunReport, RunPlan]:
     """Carry a job out on the current Dask client, or on one in-process worker.
 
@@ -320,6 +353,10 @@ def execute(
         progress: show a progress bar.
         certify: compare the embedders' preprocessing with their models' own first; the report keeps the figures.
         afterwards: what else is done to the finished output while nobody else may write it.
+        as_cut: the shards must stay cut as they are: values were computed for each.
+
+    Returns:
+        The report, and the plan, whose shards are those that were worked on.
 
     Raises:
         UsageError: the job cannot be carried out as asked; nothing was changed.
@@ -338,6 +375,10 @@ def execute(
         client = stack.enter_context(some_client())
         job = dataclasses.replace(place_on_workers(client, job), must_see=_must_see(shards[0], locks[0]))
         tasks = sum(client.nthreads().values())
+        given = shards
+        shards, told = fit_to_output(given, job)
+        if as_cut:
+            _check_partitions(given, shards, job)
         overwriting = Overwriting(books[0], part, _asked(job, limit)) if job.overwrite else None
         plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks, overwriting=overwriting)
         check_plan(plan)
@@ -346,7 +387,7 @@ def execute(
             clear_temporaries(target, own)
         if overwriting is not None:
             overwriting.keep()
-        notes = [*_carried_over(job, shards), *_read_elsewhere(plan, books[0]), *plan.notes()]
+        notes = [*told, *_carried_over(job, shards), *_read_elsewhere(plan, books[0]), *plan.notes()]
         certificate = certificates(plan.job, shards) if certify else {}
         report = RunReport(settings=plan.settings, certificate=certificate)
         for note in notes:
@@ -399,7 +440,7 @@ def _carried_over(job: ShardJob, shards: Sequence[Shard]) -> list[str]:
     table = shards[0].table_path()
     if job.output is None or job.select is not None or table is None or not shards[0].by_position:
         return []
-    if table != shards[0].own_table():
+    if table != shards[0].own_table() or shards[0].named_tables is not None:
         return []
     return [f"the columns of {redact(table.rpartition('/')[0])} are carried over; columns= chooses others"]
 

@@ -1,7 +1,8 @@
 """Folders of images of any depth, with captions (``x.txt``) and json (``x.json``) beside them.
 
-A folder is listed once, in natural order, and cut into shards by position. A shard holds its names
-compressed: a few bytes an image, whatever the driver has to keep.
+A folder is listed once, in natural order, and cut into shards by position. Where files of an earlier run are there,
+images stay in the files that have their rows (``FolderShard.fitted``). A shard holds its names compressed: a few bytes
+per image, whatever the driver has to keep.
 """
 
 from __future__ import annotations
@@ -11,19 +12,20 @@ import hashlib
 import os
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
 
-from curator_embed.errors import SourceError, UsageError
+from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.sources.extras import load_json, load_text, table_of
-from curator_embed.sources.path_list import as_text, extension, range_name
-from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
+from curator_embed.sources.fitting import MARK_BYTES, Cut, KnownFile, fit, marks_as_text, recorded_marks, split_marks
+from curator_embed.sources.path_list import GIVE_UP_AFTER, as_text, extension, range_name
+from curator_embed.sources.shard import Fitted, Note, Sample, Shard, StoredSample
 from curator_embed.sources.sniff import IMAGE_EXTENSIONS
 from curator_embed.storage import files
-from curator_embed.storage.files import redact
+from curator_embed.storage.files import natural_key, redact
 from curator_embed.storage.objects import ReadPolicy, Unread, read_many
 
 SIDECARS = ("txt", "json")
@@ -31,10 +33,27 @@ SIDECARS = ("txt", "json")
 
 
 class Entry(NamedTuple):
-    """An image below the folder, and the extensions of what lies beside it, as they are written."""
+    """An image below the folder.
+
+    Attributes:
+        name: its path below the folder.
+        sidecars: the extensions of what lies beside it, as they are written.
+        state: what changes when it is replaced: size and time, or etag.
+    """
 
     name: str
     sidecars: tuple[str, ...]
+    state: str = ""
+
+    @property
+    def mark(self) -> bytes:
+        """Name and state in a few bytes."""
+        return hashlib.blake2b(self.identity, digest_size=MARK_BYTES).digest()
+
+    @property
+    def identity(self) -> bytes:
+        """Name and state."""
+        return f"{self.name}\0{self.state}\0".encode("utf-8", "surrogateescape")
 
     def beside(self, sidecar: str) -> str:
         """The name of a file beside the image."""
@@ -50,12 +69,16 @@ class ImageFolder:
         dataset: the beginning of the shards' names.
         id_col: the column that holds the paths below it.
         captions: whether there is any caption or json beside the images: then all tables have such columns.
+        images: how many there are.
+        images_per_file: how many a new shard gets at most.
     """
 
     path: str = field(repr=False)  # URLs and options may hold secrets
     dataset: str
     id_col: str
     captions: bool
+    images: int
+    images_per_file: int
     storage_options: dict[str, Any] = field(default_factory=dict, repr=False)
     policy: ReadPolicy = field(default_factory=ReadPolicy)
 
@@ -64,11 +87,17 @@ class FolderShard(Shard):
     """Some images of a folder; ``Sample.key`` is the path below it. Picklable and small."""
 
     by_position = True
+    grows = True
 
-    def __init__(self, folder: ImageFolder, start: int, entries: Collection[Entry], digest: str) -> None:
-        self.folder, self.start, self.count, self.digest = folder, start, len(entries), digest
+    def __init__(self, folder: ImageFolder, start: int, end: int, entries: Sequence[Entry]) -> None:
+        """
+        Args:
+            start, end: what the name says. There may be fewer images: some are gone, or their rows were dropped.
+        """
+        self.folder, self.start, self.end, self.count = folder, start, end, len(entries)
         self.table: str | None = None
         self._packed = _pack(entries)
+        self._fingerprint: dict[str, str] = {}
         self._notes: list[Note] = []
 
     def __repr__(self) -> str:
@@ -76,8 +105,8 @@ class FolderShard(Shard):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """``{dataset}_{start}-{end}`` by position in the listing, zero-padded."""
-        return range_name(self.folder.dataset, self.start, self.start + self.count)
+        """``{dataset}_{start}-{end}``, zero-padded: positions in the listing when the images were first seen."""
+        return range_name(self.folder.dataset, self.start, self.end)
 
     def entries(self) -> list[Entry]:
         """The shard's images, in order."""
@@ -90,14 +119,15 @@ class FolderShard(Shard):
             extras: also read captions and json, into ``extras["txt"]`` and ``extras["json"]``.
 
         Raises:
-            SourceError: not one of the images can be read.
+            SourceError: the folder is gone, or none of its first images can be read for reasons that are not their
+                own (the bucket, the network, the permissions).
         """
         self._notes = []
         entries = self.entries()
         wanted = [e if extras else Entry(e.name, ()) for e in entries]
         reads = self._read(wanted)
         failures: list[Unread] = []
-        unparsed = 0
+        good = unparsed = 0
         for entry in wanted:
             answer = next(reads)
             beside: dict[str, Any] = {}
@@ -110,17 +140,16 @@ class FolderShard(Shard):
             key = _key(entry.name)
             if isinstance(answer, Unread):
                 failures.append(answer)
+                if not good and len(failures) == GIVE_UP_AFTER:
+                    self._refuse_unreachable(failures)
                 yield Sample(key, None, answer.reason, answer.detail, beside)
             else:
+                good += 1
                 yield Sample(key, answer, extras=beside)
+        if failures and not good:
+            self._refuse_unreachable(failures)
         if unparsed:
             self._note(f"{unparsed} captions or json files cannot be read and count as null")
-        if failures and len(failures) == len(entries):
-            raise SourceError(
-                redact(self.folder.path),
-                f"not one of the {len(failures)} images of {self.name} can be read any more ({failures[0].detail})",
-                "Check that the folder is still there, and run again: finished files are kept",
-            )
         if failures:
             self._note(f"{len(failures)} images were listed and cannot be read ({failures[0].detail})")
 
@@ -174,12 +203,56 @@ class FolderShard(Shard):
         return self.folder.path
 
     def own_table(self) -> str:
-        """Beside the folder, in one named after it."""
-        return f"{self.folder.path}_metadata/{self.name}.parquet"
+        """Beside the folder, in one named after it; where tables were named, there."""
+        return f"{self.named_tables or f'{self.folder.path}_metadata'}/{self.name}.parquet"
+
+    @classmethod
+    def fitted(cls, shards: Sequence[Shard], files: Iterable[KnownFile], *, tables: bool) -> Fitted:
+        """The images of all shards, each in the file that has its row; see ``fitting.fit``.
+
+        Shards of a part of the folder stay as they are: what is not among them is not gone.
+        """
+        mine = cast("Sequence[FolderShard]", shards)
+        first = mine[0]
+        entries = sorted((e for shard in mine for e in shard.entries()), key=lambda e: natural_key(e.name))
+        if len(entries) != first.folder.images:
+            return Fitted(list(shards))
+        position = {entry.name: at for at, entry in enumerate(entries)}
+        tabled = [shard for shard in mine if tables and shard.table is not None]
+        cuts = [Cut(s.start, s.end, tuple(position[e.name] for e in s.entries())) for s in tabled]
+        keys, marks = [_key(entry.name) for entry in entries], [entry.mark for entry in entries]
+        found = fit(keys, marks, files, first.folder.images_per_file, cuts)
+        fitted: list[Shard] = []
+        for piece in found.pieces:
+            shard = FolderShard(first.folder, piece.start, piece.end, [entries[at] for at in piece.images])
+            shard.named_tables = first.named_tables
+            shard.table = None if piece.cut is None else tabled[piece.cut].table
+            fitted.append(shard)
+        return Fitted(fitted, found.gone, found.twice, [tabled[number].table or "" for number in found.given_up])
 
     def fingerprint(self) -> dict[str, Any]:
-        """A digest of the images' names, sizes and times (or etags), as they were when the folder was listed."""
-        return {"files": self.digest}
+        """A digest of the images' names, sizes and times (or etags) as they were listed, and a mark for each."""
+        if not self._fingerprint:
+            entries = self.entries()
+            digest = hashlib.blake2b(digest_size=16)
+            for entry in entries:  # of images alone: a caption changes no embedding
+                digest.update(entry.identity)
+            marks = b"".join(entry.mark for entry in entries)
+            self._fingerprint = {"files": digest.hexdigest(), "marks": marks_as_text(marks)}
+        return dict(self._fingerprint)
+
+    def samples_changed(self, recorded: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+        """Nothing has changed while every image that is there is one of those recorded: others may be gone."""
+        if not self.count or recorded.get("files") == now["files"]:
+            return ""
+        made_from = recorded_marks(recorded)
+        if not made_from:  # version 0.1.0 kept the digest alone
+            return "some of them, or some are gone: it was not noted which"
+        known = set(split_marks(made_from))
+        changed = [entry for entry in self.entries() if entry.mark not in known]
+        if not changed:
+            return ""
+        return f"{len(changed):,} of {self.count:,}, '{_key(changed[0].name)}' is the first"
 
     def row_estimate(self) -> int:
         """The number of images."""
@@ -193,6 +266,18 @@ class FolderShard(Shard):
         names = (name for e in entries for name in (e.name, *map(e.beside, e.sidecars)))
         paths = (files.join(self.folder.path, name) for name in names)
         return read_many(paths, self.folder.storage_options, self.folder.policy)
+
+    def _refuse_unreachable(self, failures: Sequence[Unread]) -> None:
+        """A shard is not done when the whole folder was out of reach."""
+        folder = self.folder
+        if not files.is_remote(folder.path) and not os.path.isdir(folder.path):
+            raise SourceError(folder.path, "is no longer there", "Restore it and run again: finished files are kept")
+        if all(failure.reason == Reason.READ_ERROR for failure in failures):
+            raise SourceError(
+                redact(folder.path),
+                f"not one of the first {len(failures)} images of {self.name} can be read ({failures[0].detail})",
+                "Check the permissions and the connection, and run again: finished files are kept",
+            )
 
     def _note(self, message: str) -> None:
         self._notes.append(Note(self.name, redact(self.folder.path), message))
@@ -219,29 +304,32 @@ def find_images(
         raise UsageError(f"dataset={dataset!r} begins file names: give a name without '/'")
     if not files.is_folder(folder, storage_options):
         raise UsageError(f"{redact(folder)}: no such folder")
-    marks = _listing(folder, storage_options)
+    states = _listing(folder, storage_options)
     beside: dict[str, list[str]] = defaultdict(list)
-    for name in marks:
+    for name in states:
         stem, _, suffix = name.rpartition(".")
         if suffix.lower() in SIDECARS:
             beside[stem].append(suffix)
-    images = [name for name in marks if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
+    images = [name for name in states if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS]
     if not images:
         raise UsageError(
             f"{redact(folder)}: no images there (files with an ending such as .jpg, .png, .webp), nor in its subfolders"
         )
-    images.sort(key=files.natural_key)
-    entries = [Entry(name, tuple(sorted(beside.get(os.path.splitext(name)[0], ())))) for name in images]
-    captions = any(entry.sidecars for entry in entries)
-    shared = ImageFolder(folder, dataset, id_col, captions, dict(storage_options or {}), policy or ReadPolicy())
-    shards = []
-    for start in range(0, len(entries), images_per_file):
-        mine = entries[start : start + images_per_file]
-        digest = hashlib.blake2b(digest_size=16)
-        for name in (entry.name for entry in mine):  # of images alone: a caption changes no embedding
-            digest.update(f"{name}\0{marks[name]}\0".encode("utf-8", "surrogateescape"))
-        shards.append(FolderShard(shared, start, mine, digest.hexdigest()))
-    return shards
+    images.sort(key=natural_key)
+    entries = [Entry(name, tuple(sorted(beside.get(os.path.splitext(name)[0], ()))), states[name]) for name in images]
+    shared = ImageFolder(
+        folder,
+        dataset,
+        id_col,
+        any(entry.sidecars for entry in entries),
+        len(entries),
+        images_per_file,
+        dict(storage_options or {}),
+        policy or ReadPolicy(),
+    )
+    cuts = [entries[start : start + images_per_file] for start in range(0, len(entries), images_per_file)]
+    starts = range(0, len(entries), images_per_file)
+    return [FolderShard(shared, start, start + len(mine), mine) for start, mine in zip(starts, cuts, strict=True)]
 
 
 def _listing(folder: str, storage_options: files.StorageOptions) -> dict[str, str]:
@@ -270,14 +358,18 @@ def _listing(folder: str, storage_options: files.StorageOptions) -> dict[str, st
     }
 
 
-def _pack(entries: Collection[Entry]) -> bytes:
-    text = "\0".join(f"{entry.name}\0{'.'.join(entry.sidecars)}" for entry in entries)
+def _pack(entries: Sequence[Entry]) -> bytes:
+    names = (f"{entry.name}\0{'.'.join(entry.sidecars)}" for entry in entries)
+    # Names beside names and states beside states: that is smaller than one after the other.
+    text = "\0".join([*names, *(entry.state for entry in entries)])
     return zlib.compress(text.encode("utf-8", "surrogateescape"))
 
 
 def _unpack(packed: bytes) -> list[Entry]:
     parts = zlib.decompress(packed).decode("utf-8", "surrogateescape").split("\0")
-    return [Entry(n, tuple(s.split(".")) if s else ()) for n, s in zip(parts[::2], parts[1::2], strict=True)]
+    count = len(parts) // 3
+    named = zip(parts[: 2 * count : 2], parts[1 : 2 * count : 2], parts[2 * count :], strict=True)
+    return [Entry(name, tuple(beside.split(".")) if beside else (), state) for name, beside, state in named]
 
 
 def _key(name: str) -> str:

@@ -165,7 +165,9 @@ class ParquetShard(Shard):
         return self.path
 
     def own_table(self) -> str:
-        """The file itself; where its ids are made up, a file in a folder beside."""
+        """The file itself; where its ids are made up, a file in a folder beside, or in that of the named tables."""
+        if self.own is not None and self.named_tables is not None:
+            return f"{self.named_tables}/{self.name}.parquet"
         return self.own or self.path
 
     def fingerprint(self) -> dict[str, Any]:

@@ -251,8 +251,8 @@ class PathListShard(Shard):
 
     def own_table(self) -> str:
         """Beside the list, in a folder named after it, ending and all: ``photos.txt`` often names the images of
-        ``photos/``, whose own tables lie in ``photos_metadata``."""
-        return f"{self.listed.path}_metadata/{self.name}.parquet"
+        ``photos/``, whose own tables lie in ``photos_metadata``. Where tables were named, there."""
+        return f"{self.named_tables or f'{self.listed.path}_metadata'}/{self.name}.parquet"
 
     def fingerprint(self) -> dict[str, Any]:
         """A digest of the lines. Not of the images: looking at each would cost as much as reading them."""
@@ -319,6 +319,15 @@ class PathListShard(Shard):
         self._notes.append(Note(self.name, redact(self.listed.path), message))
 
 
+def range_of(name: str) -> tuple[str, int, int] | None:
+    """Dataset, start and end of a name that ``range_name`` made; None of any other."""
+    found = _RANGE.fullmatch(name)
+    if found is None:
+        return None
+    dataset, start, end = found[1], int(found[2]), int(found[3])
+    return (dataset, start, end) if range_name(dataset, start, end) == name else None
+
+
 def range_name(dataset: str, start: int, end: int) -> str:
     """``{dataset}_{start}-{end}``, with zeros so that names sort as lines do."""
     return f"{dataset}_{start:0{LINE_DIGITS}d}-{end:0{LINE_DIGITS}d}"
@@ -330,10 +339,32 @@ def cut_otherwise(found: Iterable[str], own: Sequence[str]) -> list[str]:
     Args:
         own: names of neighbouring ranges of one list, in order.
     """
-    first, last = _RANGE.fullmatch(own[0]), _RANGE.fullmatch(own[-1])
-    assert first is not None and last is not None
-    others = (match for name in set(found).difference(own) if (match := _RANGE.fullmatch(name)) is not None)
-    return sorted(m[0] for m in others if m[1] == first[1] and int(m[2]) < int(last[3]) and int(first[2]) < int(m[3]))
+    (dataset, first, _), (_, _, last) = _ranges(own)[0], _ranges(own)[-1]
+    others = _ranges(set(found).difference(own))
+    return sorted(range_name(*r) for r in others if r[0] == dataset and r[1] < last and first < r[2])
+
+
+def to_fit(found: Collection[str], own: Sequence[str]) -> str:
+    """What to do about ranges that are cut otherwise, as a sentence.
+
+    Args:
+        found: names of all files that are there.
+        own: names of neighbouring ranges of one list, in order; ``cut_otherwise(found, own)`` has some.
+    """
+    there = _ranges(cut_otherwise(found, own))
+    mine = _ranges(own)
+    (_, first, _), (_, start, last) = mine[0], mine[-1]
+    missing = set(own[:-1]).difference(found)
+    if len(there) == 1 and there[0][1] == start and there[0][2] < last and not missing:
+        return f"If lines were added behind line {there[0][2]}, pass start_line={there[0][2]} to work on these alone"
+    width = max(end - begin for _, begin, end in there)
+    if all((begin - first) % width == 0 and end in (begin + width, last) for _, begin, end in there):
+        return f"Pass images_per_file={width}, as when they were written"
+    return f"Remove {'it' if len(there) == 1 else 'these files'} and run again"
+
+
+def _ranges(names: Iterable[str]) -> list[tuple[str, int, int]]:
+    return [found for name in names if (found := range_of(name)) is not None]
 
 
 def as_text(line: bytes) -> str:

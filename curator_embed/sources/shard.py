@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
 from curator_embed.errors import Reason
+from curator_embed.sources.fitting import KnownFile, Twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,23 @@ class Note:
     message: str
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Shards cut as the files that are there.
+
+    Attributes:
+        shards: in order; one for every file, and those that have no file yet.
+        gone: per file, the ids of rows whose images are not there any more.
+        twice: an id that two files have a row for; then there are no shards.
+        given_up: tables whose images are cut otherwise than the files: the shards go without them.
+    """
+
+    shards: list[Shard]
+    gone: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    twice: Twice | None = None
+    given_up: Sequence[str] = ()
+
+
 class Shard(ABC):
     """The unit of work, of parallelism and of recovery. Picklable, small, and immutable.
 
@@ -74,6 +92,12 @@ class Shard(ABC):
     by_position: bool = False
     """Named ``{name}_{start}-{end}`` by position in a list: one that has grown, or is cut into other pieces, gives the
     same rows other names."""
+
+    grows: bool = False
+    """Samples may come and go anywhere: rows belong to the files that are there by their ids, see ``fitted``."""
+
+    named_tables: str | None = None
+    """The folder of tables that was named when the dataset was opened; None: they lie where ``own_table`` says."""
 
     images_below: str = ""
     """Where the images lie when a fingerprint does not tell: the same list may be read below another folder."""
@@ -116,6 +140,23 @@ class Shard(ABC):
     @abstractmethod
     def with_table(self, path: str) -> Shard:
         """The same images with another metadata parquet."""
+
+    def with_tables_in(self, folder: str) -> Self:
+        """The same images; a table that they do not have yet goes into this folder."""
+        other = copy.copy(self)
+        other.named_tables = folder
+        return other
+
+    @classmethod
+    def fitted(cls, shards: Sequence[Shard], files: Iterable[KnownFile], *, tables: bool) -> Fitted:
+        """The samples of all shards, cut as files have them that are there; new ones in shards of their own.
+
+        Args:
+            shards: the whole dataset.
+            files: in the folder that is going to be written to; read once.
+            tables: keep the shards' own tables, where the files do not say otherwise.
+        """
+        return Fitted(list(shards))
 
     def replacing(self, version: tuple[Any, ...] | None) -> Shard:
         """The same shard for an overwriting run that is to make this version of its parquet anew."""

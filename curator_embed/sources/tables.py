@@ -13,7 +13,7 @@ from curator_embed.storage.files import StorageOptions
 def with_found_tables(
     shards: Sequence[Shard], folder: str | None = None, storage_options: StorageOptions = None
 ) -> list[Shard]:
-    """Give each shard the parquet of its name where there is one.
+    """Give each shard the parquet of its name where there is one; others know where theirs will lie.
 
     Args:
         folder: where to look; by default where a run without an output path puts them.
@@ -24,14 +24,27 @@ def with_found_tables(
     """
     if not shards:
         return []
-    own = None if folder is not None else shards[0].own_table()
-    place = folder if folder is not None else own.rpartition("/")[0] if own is not None else None
-    if place is None or (folder is None and not files.is_folder(place, storage_options)):
+    shards = in_named_folder(shards, folder, storage_options)
+    place = (shards[0].own_table() or "").rpartition("/")[0]
+    if not place or not files.is_folder(place, storage_options):
         return list(shards)
-    if folder is not None:
-        check_tables_folder(folder, storage_options)
     found = {path.rpartition("/")[2]: path for path in files.list_files(place, ".parquet", storage_options)}
     return [shard.with_table(found[name]) if (name := f"{shard.name}.parquet") in found else shard for shard in shards]
+
+
+def in_named_folder(
+    shards: Sequence[Shard], folder: str | None, storage_options: StorageOptions = None
+) -> Sequence[Shard]:
+    """Shards whose tables lie in this folder, those that are still to be written too; None: where they lie by default.
+
+    Raises:
+        UsageError: there is no such folder.
+    """
+    if folder is None:
+        return shards
+    check_tables_folder(folder, storage_options)
+    named = files.absolute(folder).rstrip("/")  # workers may run in other folders
+    return [shard.with_tables_in(named) for shard in shards]
 
 
 def check_tables_folder(folder: str, storage_options: StorageOptions = None) -> None:

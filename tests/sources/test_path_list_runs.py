@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import UsageError
+from curator_embed.execution.report import RunReport
 from curator_embed.execution.run import RunStopped
-from curator_embed.sources.path_list import cut_otherwise, range_name
+from curator_embed.sources.path_list import cut_otherwise, range_name, range_of, to_fit
 from curator_embed.storage.location import Location
 from curator_embed.tables.lock import OutputLock, OutputLocked, parts_overlap
 from tests.shards import crops
@@ -165,11 +166,74 @@ def test_rows_are_never_written_twice_under_other_names(client: Client, listing:
     listing.write_text(listing.read_text() + "laion/0/0.jpg\n")
     grown = ColourEmbedder()(opened(listing))
     assert [Path(path).name for path, _ in grown.plan(str(out)).conflicts()] == ["laion_000000016-000000023.parquet"]
-    with pytest.raises(UsageError, match=r"000000016-000000023\.parquet: holds rows of this run under"):
+    with pytest.raises(UsageError, match=r"000000016-000000023\.parquet: already .* start_line=23 ") as refused:
         grown.save_metadata(str(out), progress=False, overwrite=True)
+    assert "overwrite" not in str(refused.value)
     assert {path.name: path.read_bytes() for path in out.glob("*.parquet")} == before
     ColourEmbedder()(opened(listing, start_line=23)).save_metadata(str(out), progress=False)
     assert (out / "laion_000000023-000000024.parquet").is_file()
+    assert {path.name: path.read_bytes() for path in out.glob("*.parquet")}.items() > before.items()
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "output"])
+def test_a_list_that_is_cut_otherwise_is_refused_with_a_way_out(
+    client: Client, listing: Path, tmp_path: Path, in_place: bool
+) -> None:
+    out = None if in_place else str(tmp_path / "out")
+
+    def run(**options: object) -> RunReport:
+        options = {"root": tmp_path / "images", "dataset": "laion", "images_per_file": 8, **options}
+        dataset = ColourEmbedder()(ImageTextPairDataset.from_path_list(listing, **options))
+        return dataset.save_metadata(out, progress=False)
+
+    folder = Path(out or f"{listing}_metadata")
+    run()
+    with pytest.raises(UsageError, match=r"000-0{8}8\.parquet: already .* \(2 more .* images_per_file=8, as when"):
+        run(images_per_file=5)
+    assert run(images_per_file=8).shards["skipped"] == 3
+    # Some of the files of a longer list, and then another cut.
+    listing.write_text(listing.read_text() + "laion/0/0.jpg\n")
+    min(folder.glob("*.parquet")).unlink()
+    with pytest.raises(UsageError, match=r"16-0{7}23\.parquet: already .* Remove it and run again, or") as refused:
+        run()
+    Path(str(refused.value).partition(": ")[0]).unlink()
+    assert run().read == 24
+    assert len({row for path in folder.glob("*.parquet") for row in pq.read_table(path)["path"].to_pylist()}) == 23
+
+
+def test_new_tables_of_a_list_lie_in_the_folder_that_was_named(client: Client, listing: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ColourEmbedder()(opened(listing, end_line=16)).save_metadata(str(out), progress=False)
+    report = ColourEmbedder()(opened(listing, metadata_path=str(out))).save_metadata(progress=False)
+    assert (report.shards["skipped"], report.shards["done"], report.notes) == (2, 1, [])
+    assert len(list(out.glob("*.parquet"))) == 3 and not Path(f"{listing}_metadata").exists()
+
+
+@given(st.integers(0, 12), st.integers(1, 9), st.integers(0, 12), st.integers(1, 9), st.integers(1, 30), st.data())
+def test_the_way_out_of_another_cut_leads_out(
+    start: int, per_file: int, before: int, wide: int, length: int, data: st.DataObject
+) -> None:
+    def cut(first: int, width: int, end: int) -> list[str]:
+        return [range_name("a", at, min(at + width, end)) for at in range(first, end, width)]
+
+    written = cut(before, wide, data.draw(st.integers(before + 1, before + 30)))
+    there = [name for name in written if data.draw(st.booleans())]
+    own = cut(start, per_file, start + length)
+    others = cut_otherwise(there, own)
+    if not others:
+        return
+    said = to_fit(there, own)
+    if "start_line=" in said:
+        first = int(said.partition("start_line=")[2].split()[0])
+        assert start < first < start + length
+        assert not cut_otherwise(there, cut(first, per_file, start + length))
+        covered = {line for name in own[:-1] + others for line in range(*range_of(name)[1:])}
+        assert set(range(start, first)) <= covered, "no line is left out"
+    elif "images_per_file=" in said:
+        width = int(said.partition("images_per_file=")[2].partition(",")[0])
+        assert not cut_otherwise(there, cut(start, width, start + length))
+    else:
+        assert not cut_otherwise([name for name in there if name not in others], own)
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, unique=True), st.lists(st.integers(0, 30), min_size=2, unique=True))

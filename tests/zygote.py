@@ -16,14 +16,20 @@ from typing import Any
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """Embed ``job["source"]`` into ``job["output"]`` (null: in place) with the stub, as a user's script would."""
+    """Embed ``job["source"]`` into ``job["output"]`` (null: in place) with the stub, as a user's script would.
+
+    With ``job["images_per_file"]`` the source is a folder of images.
+    """
     from curator_embed.datasets import ImageTextPairDataset
     from curator_embed.execution.clients import get_client
     from tests.stub import ColourEmbedder
 
     if job.get("workers"):
         get_client(n_workers=job["workers"])
-    dataset = ImageTextPairDataset.from_webdataset(job["source"])
+    if images_per_file := job.get("images_per_file"):
+        dataset = ImageTextPairDataset.from_folder(job["source"], images_per_file)
+    else:
+        dataset = ImageTextPairDataset.from_webdataset(job["source"])
     ColourEmbedder()(dataset).save_metadata(job["output"], progress=False, **job.get("options", {}))
 
 

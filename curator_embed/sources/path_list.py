@@ -358,7 +358,7 @@ def to_fit(found: Collection[str], own: Sequence[str]) -> str:
     if len(there) == 1 and there[0][1] == start and there[0][2] < last and not missing:
         return f"If lines were added behind line {there[0][2]}, pass start_line={there[0][2]} to work on these alone"
     width = max(end - begin for _, begin, end in there)
-    if all((begin - first) % width == 0 and end in (begin + width, last) for _, begin, end in there):
+    if all((begin - first) % width == 0 and end == min(begin + width, last) for _, begin, end in there):
         return f"Pass images_per_file={width}, as when they were written"
     return f"Remove {'it' if len(there) == 1 else 'these files'} and run again"
 

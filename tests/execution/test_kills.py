@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from curator_embed.tables.failpoints import NAMES
-from tests.shards import write_dataset
+from tests.shards import crops, write_dataset
 from tests.zygote import Zygote
 
 SHARDS = 5
@@ -92,6 +93,31 @@ def test_an_overwriting_run_that_was_killed_goes_on_and_a_whole_one_begins_anew(
     assert contents(output) == undisturbed
     assert zygote.run(source=str(source), output=str(output), options=options) == 0
     assert all(time != second[name] for name, time in finished(output).items()), "asked for again: all of it"
+
+
+@pytest.mark.parametrize("point", ["shard.read", "output.replaced"])
+def test_killed_while_a_folder_grows(point: str, zygote: Zygote, wheel_photos: list[Path], tmp_path: Path) -> None:
+    images, folder = crops(wheel_photos[0], 20), tmp_path / "photos"
+    folder.mkdir()
+    for number in range(7):
+        (folder / f"{number}.jpg").write_bytes(images[number])
+    outputs = [tmp_path / name for name in ("whole", "killed")]
+    for output in outputs:
+        assert zygote.run(source=str(folder), output=str(output), images_per_file=3) == 0
+    before = finished(outputs[1])
+    for number in range(7, 20):  # they sort before all that are there
+        (folder / f"!{number}.jpg").write_bytes(images[number])
+    assert zygote.run(source=str(folder), output=str(outputs[0]), images_per_file=3) == 0
+    environment = {"CURATOR_EMBED_FAILPOINT": f"{point}:3"}
+    assert zygote.run(source=str(folder), output=str(outputs[1]), images_per_file=3, environment=environment) == -9
+    killed = finished(outputs[1])
+    assert len(before) < len(killed) < len(before) + 5
+    assert zygote.run(source=str(folder), output=str(outputs[1]), images_per_file=3) == 0
+    assert contents(outputs[1]) == contents(outputs[0])
+    after = finished(outputs[1])
+    assert {name: after[name] for name in killed} == killed, "finished files are not written again"
+    paths = [path for file in sorted(outputs[1].glob("*.parquet")) for path in pq.read_table(file)["path"].to_pylist()]
+    assert sorted(paths) == sorted(path.name for path in folder.iterdir())
 
 
 def test_a_killed_worker_costs_only_time(zygote: Zygote, source: Path, tmp_path: Path) -> None:

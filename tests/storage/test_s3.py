@@ -19,6 +19,7 @@ from distributed import Client
 
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import Reason, SourceError, UsageError
+from curator_embed.execution.report import RunReport
 from curator_embed.execution.run import RunStopped
 from curator_embed.sources.folder import find_images
 from curator_embed.sources.path_list import find_lines
@@ -112,6 +113,33 @@ def test_the_same_results_as_from_disk(client: Client, server: str, stored: Path
         assert one.read == two.read and one.embedded == two.embedded > 10
         for path in (tmp_path / f"{name}-disk").glob("*.parquet"):
             assert pq.read_table(tmp_path / f"{name}-s3" / path.name).equals(pq.read_table(path))
+
+
+def test_a_folder_in_the_bucket_grows(client: Client, server: str, stored: Path) -> None:
+    fs = s3fs.S3FileSystem(endpoint_url=server, key="a", secret="b", skip_instance_cache=True)
+    images = [path.read_bytes() for path in sorted((stored / "images" / "0").glob("*.jpg"))]
+
+    def run(**more: object) -> RunReport:
+        dataset = ImageTextPairDataset.from_folder("s3://photos/growing", 3, storage_options=options(server))
+        return ColourEmbedder()(dataset).save_metadata("s3://photos/grown", progress=False, **more)
+
+    for number, image in enumerate(images[:4]):
+        fs.pipe_file(f"photos/growing/{number}.jpg", image)
+    run()
+    fs.pipe_file("photos/growing/!.jpg", images[5])
+    fs.rm_file("photos/growing/1.jpg")
+    report = run()
+    assert (report.embedded, report.shards["skipped"], report.shards["done"]) == (5, 2, 1)
+    assert "1 row is of an image that is gone ('1.jpg')" in report.notes[0]
+    fs.invalidate_cache()
+    files = sorted(path for path in fs.ls("photos/grown", detail=False) if path.endswith(".parquet"))
+    paths = [pq.read_table(f"s3://{path}", filesystem=fs)["path"].to_pylist() for path in files]
+    assert paths == [["0.jpg", "1.jpg", "2.jpg"], ["3.jpg"], ["!.jpg"]]
+    fs.pipe_file("photos/growing/3.jpg", images[6])
+    with pytest.raises(UsageError, match=r"changed since \(1 of 1, '3\.jpg' is the first\)"):
+        run()
+    run(overwrite=True)
+    assert run().shards["done"] == 0
 
 
 def test_list_and_output_in_the_bucket_and_a_resume(client: Client, server: str, stored: Path) -> None:

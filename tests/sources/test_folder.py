@@ -15,6 +15,7 @@ from distributed import Client
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.sources.folder import find_images
+from tests.rows import assert_embedded, table_rows
 from tests.shards import crops
 from tests.stub import ColourEmbedder
 
@@ -137,16 +138,18 @@ def test_a_folder_is_embedded_resumed_and_exported(client: Client, tmp_path: Pat
     assert images == set(contents.values())
 
 
-def test_images_that_changed_are_told_by_the_table_that_has_their_columns(
+def test_images_that_changed_get_columns_of_their_own_in_a_new_output(
     client: Client, tmp_path: Path, wheel_photos: list[Path]
 ) -> None:
-    folder = fill(tmp_path / "photos", {f"{n}.jpg": image for n, image in enumerate(crops(wheel_photos[1], 3))})
+    images = crops(wheel_photos[1], 4)
+    folder = fill(tmp_path / "photos", {f"{n}.jpg": image for n, image in enumerate(images[:3])})
     ColourEmbedder()(ImageTextPairDataset.from_folder(folder)).save_metadata(progress=False)
-    os.utime(folder / "0.jpg", ns=(1, 1))
-    pending = ColourEmbedder()(ImageTextPairDataset.from_folder(folder))
-    with pytest.raises(
-        UsageError, match=r"have changed since \(1 of 3.*, in the table .*/photos_metadata/photos_0.*\.parquet"
-    ):
-        pending.save_metadata(str(tmp_path / "new"), progress=False)
-    report = pending.save_metadata(str(tmp_path / "new"), overwrite=True, progress=False)
+    fill(folder, {"0.jpg": images[3]})
+    report = ColourEmbedder()(ImageTextPairDataset.from_folder(folder)).save_metadata(
+        str(tmp_path / "new"), progress=False
+    )
     assert (report.embedded, report.shards["done"]) == (3, 1)
+    assert any("its column 'image_embedding' is of another run" in note for note in report.notes)
+    assert_embedded(table_rows(tmp_path / "new", "path")["0.jpg"], images[3])
+    with pytest.raises(UsageError, match=r"have changed since \(1 of 3, '0\.jpg' is the first\)"):
+        ColourEmbedder()(ImageTextPairDataset.from_folder(folder)).save_metadata(progress=False)

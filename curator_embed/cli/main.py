@@ -312,12 +312,21 @@ def columns(
 
 @app.command()
 @takes_groups
-def info(src: Source, source: SourceOptions, as_json: AsJson = False) -> None:
+def info(
+    src: Source,
+    source: SourceOptions,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all ids as well, and find columns that were made for other ids.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what a dataset or an output holds: shards, rows, columns, how each column was made, and what failed.
+
+    A column that was made from images or ids that have changed since is out of date, and is told.
 
     Of a path list or a folder of images, --metadata names the output; by default it is the one beside.
     """
-    described = source.describe(src)
+    described = source.describe(src, verify=verify)
     typer.echo(json.dumps(described.to_dict(), indent=2, ensure_ascii=False) if as_json else str(described))
 
 

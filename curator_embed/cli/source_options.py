@@ -130,13 +130,13 @@ class SourceOptions(StorageOptions):
             )
         return opened
 
-    def describe(self, src: str) -> DatasetDescription:
+    def describe(self, src: str, *, verify: bool = False) -> DatasetDescription:
         """What the source holds; an output of a run, which has no images, serves as well."""
         from curator_embed.datasets.describing import describe_dataset
 
         storage = self.storage(src, self.root, self.metadata)
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage, outputs=True)
-        return describe_dataset(self._opened(src, kind, storage, 1), src, kind)
+        return describe_dataset(self._opened(src, kind, storage, 1), src, kind, verify=verify)
 
     def _opened(self, src: str, kind: SourceKind, storage: dict[str, Any], batch_size: int) -> ImageTextPairDataset:
         from curator_embed.datasets import ImageTextPairDataset

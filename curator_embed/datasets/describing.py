@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from curator_embed.sources.shard import Shard
 from curator_embed.storage.files import redact
-from curator_embed.storage.location import Location
+from curator_embed.tables.judge import outdated as outdated_of
 from curator_embed.tables.provenance import Footer, canonical_json
+from curator_embed.tables.shard_table import ShardTable, facts_of
 
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset
@@ -37,6 +39,8 @@ class DatasetDescription:
         rows: of these tables.
         columns: name -> type, of the first table.
         made: column -> ways it was made, each with the number of files.
+        outdated: column -> why it is out of date, each with the number of files.
+        verified: whether ids were read for that.
         counts: rows read, embedded, failed, no_image and the reasons, summed over the files that say.
         problems: files that cannot be read, with why.
     """
@@ -52,6 +56,8 @@ class DatasetDescription:
     rows: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     made: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    outdated: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    verified: bool = False
     counts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -67,6 +73,8 @@ class DatasetDescription:
             lines.append(f"  {name:<22} {kind}")
             for made in self.made.get(name, []):
                 lines.append(f"    made by {_in_words(made['recipe'])} ({_count(made['files'], 'file')})")
+            for stale in self.outdated.get(name, []):
+                lines.append(f"    out of date in {_count(stale['files'], 'file')}: {stale['why']}")
         if self.counts.get("read"):
             reasons = ", ".join(f"{code} {count:,}" for code, count in self.counts["reasons"].items())
             lines.append(
@@ -74,6 +82,8 @@ class DatasetDescription:
                 f"{self.counts['failed']:,} failed{f' ({reasons})' if reasons else ''}, "
                 f"{self.counts['no_image']:,} without image"
             )
+        if self.verified and not self.outdated:
+            lines.append("verified: all columns were made for the ids of their rows")
         lines += [f"problem: {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
         if (more := len(self.problems) - SHOWN_PROBLEMS) > 0:
             lines.append(f"problem: ... and {more:,} more")
@@ -112,12 +122,15 @@ def _in_words(recipe: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def describe_dataset(dataset: ImageTextPairDataset, path: str, kind: str) -> DatasetDescription:
+def describe_dataset(
+    dataset: ImageTextPairDataset, path: str, kind: str, *, verify: bool = False
+) -> DatasetDescription:
     """Describe a dataset from its shards' names and its tables' footers; no image is read.
 
     Args:
         path: as the user named it.
         kind: of its source.
+        verify: read the ids of every table as well, and say of which columns they are no longer the ids.
     """
     shards = dataset.shards
     listed = [shard.row_estimate() for shard in shards if shard.by_position]
@@ -129,42 +142,72 @@ def describe_dataset(dataset: ImageTextPairDataset, path: str, kind: str) -> Dat
         images=sum(count or 0 for count in listed) if listed else None,
         images_below=shards[0].images_below,
         tables_in=redact((shards[0].table_path() or shards[0].own_table() or "").rpartition("/")[0]),
+        verified=verify,
     )
     recipes: dict[str, Counter[str]] = {}
+    stale: dict[str, Counter[str]] = {}
     sums: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    tables = [table for shard in shards if (table := shard.table_path()) is not None]
+    tabled = [shard for shard in shards if shard.table_path() is not None]
     with ThreadPoolExecutor(8) as pool:
-        for schema, rows, problem in pool.map(lambda table: _look(table, dataset.storage_options), tables):
-            if problem:
+        for look in pool.map(lambda shard: _look(shard, dataset, verify), tabled):
+            if look.problem:
                 found.tables += 1
-                found.problems.append(problem)
-            if schema is None:
+                found.problems.append(look.problem)
+            if look.schema is None:
                 continue
             found.tables += 1
-            found.rows += rows
+            found.rows += look.rows
             if not found.columns:
-                found.columns = {item.name: str(item.type) for item in schema}
-            footer = Footer.of(schema)
-            for name, made in footer.columns.items():
+                found.columns = {item.name: str(item.type) for item in look.schema}
+            for name, made in look.footer.columns.items():
                 recipes.setdefault(name, Counter())[canonical_json(made.recipe)] += 1
-            sums.update({key: value for key, value in footer.accounted().items() if isinstance(value, int)})
-            reasons.update(footer.accounted().get("reasons", {}))
+            for name, why in look.outdated.items():
+                stale.setdefault(name, Counter())[why] += 1
+            counts = look.footer.accounted()
+            sums.update({key: value for key, value in counts.items() if isinstance(value, int)})
+            reasons.update(counts.get("reasons", {}))
     found.made = {
         name: [{"recipe": json.loads(text), "files": count} for text, count in counter.most_common()]
         for name, counter in recipes.items()
+    }
+    found.outdated = {
+        name: [{"why": why, "files": count} for why, count in counter.most_common()] for name, counter in stale.items()
     }
     found.counts = {key: sums.get(key, 0) for key in ("read", "embedded", "failed", "no_image")}
     found.counts["reasons"] = dict(sorted(reasons.items()))
     return found
 
 
-def _look(path: str, options: Mapping[str, Any]) -> tuple[pa.Schema | None, int, str]:
-    """(schema, rows, why it cannot be read); neither schema nor problem where there is no such file."""
+@dataclass(frozen=True)
+class _Look:
+    """What one table's footer shows, and which of its columns are out of date."""
+
+    schema: pa.Schema | None = None
+    rows: int = 0
+    footer: Footer = field(default_factory=Footer)
+    outdated: Mapping[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+
+def _look(shard: Shard, dataset: ImageTextPairDataset, verify: bool) -> _Look:
+    """Look at one shard's table; neither schema nor problem where there is no such file."""
+    path = shard.table_path() or ""
     try:
-        with Location.of(path, options).open_parquet() as parquet:
-            return parquet.schema_arrow, parquet.metadata.num_rows, ""
-    except FileNotFoundError:
-        return None, 0, ""
+        table = ShardTable.open(path, dataset.storage_options)
+        if table.stored.schema is None:
+            return _Look(problem=f"{table.stored.path}: {table.stored.damaged}" if table.stored.damaged else "")
+        stored, outdated = table.stored, {}
+        if shard.image_source() is not None and table.footer.columns:
+            facts = facts_of(shard, table.footer.id_col)
+            for name, entry in table.footer.columns.items():
+                if entry.samples and (why := outdated_of(entry, facts)) is not None:
+                    outdated[name] = why[1]
+        if verify and any(entry.ids for entry in table.footer.columns.values()):
+            ids = table.ids(table.footer.id_col).digest
+            for name, entry in table.footer.columns.items():
+                if entry.ids and entry.ids != ids:
+                    outdated.setdefault(name, "was made for other ids, or for the same ids in another order")
+        return _Look(stored.schema, stored.rows or 0, stored.footer, outdated)
     except Exception as error:
-        return None, 0, redact(str(error) if path in str(error) else f"{path}: {error}")
+        return _Look(problem=redact(str(error) if path in str(error) else f"{path}: {error}"))

@@ -217,6 +217,22 @@ class Seen:
         return replace(self, table=ShardTable.open(self.table.url, storage_options))
 
 
+def facts_of(shard: Shard, id_col: str, uncounted: frozenset[str] = frozenset()) -> Facts:
+    """What a shard's columns would be made from, as it is now; reads no rows and no images.
+
+    Args:
+        uncounted: recipe fields that do not count for this shard.
+    """
+    samples = shard.fingerprint()
+    return Facts(
+        samples,
+        shard.pairing(id_col),
+        changed=lambda recorded: shard.samples_changed(recorded, samples),
+        images=shard.image_source() is not None,
+        uncounted=uncounted,
+    )
+
+
 def look(
     shard: Shard,
     target: str,
@@ -233,14 +249,7 @@ def look(
         target: where the shard's columns go.
         uncounted: recipe fields that do not count for this shard.
     """
-    samples = shard.fingerprint()
-    facts = Facts(
-        samples,
-        shard.pairing(id_col),
-        changed=lambda recorded: shard.samples_changed(recorded, samples),
-        images=shard.image_source() is not None,
-        uncounted=uncounted,
-    )
+    facts = facts_of(shard, id_col, uncounted)
     there = ShardTable.open(target, storage_options)
     path = shard.table_path()
     if in_place or path is None:

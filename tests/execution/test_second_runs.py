@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.datasets.describing import describe_dataset
 from curator_embed.errors import UsageError
 from curator_embed.execution.run import RunStopped
 from curator_embed.tables.provenance import FOOTER_KEY, Footer
@@ -149,6 +150,20 @@ def test_changed_ids_are_found_as_soon_as_ids_are_read(source: Path) -> None:
         save(second)
     save(second, overwrite=True)
     all_embedded(source, {k: v for k, v in tar_images(source).items() if v != b"<html>"})
+
+
+def test_info_finds_permuted_ids_where_it_reads_them(source: Path) -> None:
+    embed(source)
+    assert describe_dataset(opened(source), "in", "webdataset", verify=True).outdated == {}
+    swap_ids(source / "00000.parquet")
+    assert describe_dataset(opened(source), "in", "webdataset").outdated == {}, "footers do not show it"
+    found = describe_dataset(opened(source), "in", "webdataset", verify=True)
+    assert found.outdated["image_embedding"] == [
+        {"why": "was made for other ids, or for the same ids in another order", "files": 1}
+    ]
+    assert "out of date in 1 file: was made for other ids" in str(found)
+    write_tar(source / "00001.tar", [("000010000.jpg", tar_images(source)["000010000"])])
+    assert "images that have changed since" in str(describe_dataset(opened(source), "in", "webdataset"))
 
 
 def test_overwriting_looks_again_for_images_in_place(tmp_path: Path, wheel_photos: list[Path]) -> None:

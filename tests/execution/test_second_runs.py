@@ -121,6 +121,27 @@ def test_another_image_column_is_not_skipped_as_done(tmp_path: Path, wheel_photo
     all_embedded(output or folder, dict(zip("abc", images[3:], strict=True)))
 
 
+def test_parts_of_a_list_made_on_machines_with_other_cores_are_finished_together(
+    tmp_path: Path, wheel_photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(crops(wheel_photos[0], 6)):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(image)
+    (tmp_path / "list.txt").write_text("".join(f"{number}.jpg\n" for number in range(6)))
+
+    def part(start: int, end: int) -> Any:
+        lines = (tmp_path / "list.txt", tmp_path / "photos", None, start, end, 2)
+        return save(ColourEmbedder()(ImageTextPairDataset.from_path_list(*lines)), tmp_path / "out")
+
+    for cores, lines in ((2, (0, 2)), (3, (2, 4))):
+        monkeypatch.setattr("curator_embed.execution.run.cores_per_worker", lambda client, cores=cores: cores)
+        part(*lines)
+    report = part(0, 6)
+    assert (report.shards["skipped"], report.shards["done"], report.embedded) == (2, 1, 6)
+    made = [Footer.of(pq.read_schema(path)).columns["image_embedding"] for path in sorted((tmp_path / "out").iterdir())]
+    assert [entry.recipe["threads"] for entry in made] == [2, 3, 2], "written down, and the first one's taken over"
+
+
 # -- overwriting ---------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ locals {
   name          = "curator-embed"
   output_bucket = split("/", trimprefix(var.output_url, "s3://"))[0]
   source_bucket = split("/", trimprefix(var.source_url, "s3://"))[0]
-  log_url       = "${trimsuffix(var.output_url, "/")}/_curator_embed/instance.log"
+  log_url       = "${trimsuffix(var.output_url, "/")}.curator_embed/instance.log"
   arguments = concat(
     [
       "embed", var.source_url,

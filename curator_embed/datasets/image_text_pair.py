@@ -163,9 +163,12 @@ class ImageTextPairDataset:
         Images are known by their endings and come in natural order (0, 1, 2, 10). Captions (``x.txt``) and json
         files (``x.json``) beside an image become columns. Hidden files are left out.
 
+        The folder may change between runs: images that have a row in the output (or the tables) stay in that file,
+        and others get files of their own behind.
+
         Args:
             path: the folder, local or any fsspec URL that can be listed.
-            images_per_file: images a shard.
+            images_per_file: images in a new shard.
             dataset: the name that output files begin with, by default the folder's own.
             id_col: the column that holds the paths below the folder.
             metadata_path: where parquet files of an earlier run lie, to add columns to them. By default

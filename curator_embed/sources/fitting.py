@@ -37,11 +37,16 @@ class KnownFile:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Images that should stay together under their name, because there is a table of exactly these."""
+    """Images that should stay together under their name, because there is a table of exactly these.
+
+    Attributes:
+        gone: ids of the table's rows whose images are not listed.
+    """
 
     start: int
     end: int
     images: tuple[int, ...]
+    gone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +139,7 @@ def fit(
 
     members = _members(owner, marks, known)
     pieces = [Piece(f.start, f.end, tuple(m), f.name) for f, m in zip(known, members, strict=True)]
-    given_up = _keep_cuts(pieces, cuts, owner)
+    given_up = _keep_cuts(pieces, cuts, owner, missing)
     taken = {position for piece in pieces for position in piece.images}
     rest = [position for position in range(len(keys)) if position not in taken]
     pieces += _cut(rest, _gaps([(piece.start, piece.end) for piece in pieces]), per_file)
@@ -165,23 +170,21 @@ def _members(owner: list[int], marks: Sequence[bytes], known: Sequence[KnownFile
     return [sorted(positions) for positions in members]
 
 
-def _keep_cuts(pieces: list[Piece], cuts: Sequence[Cut], owner: Sequence[int]) -> list[int]:
+def _keep_cuts(pieces: list[Piece], cuts: Sequence[Cut], owner: Sequence[int], missing: Mapping[str, int]) -> list[int]:
     """Add the cuts that no file stands in the way of, and note which pieces are cuts; returns those given up."""
     given_up: list[int] = []
     there = {(piece.start, piece.end): number for number, piece in enumerate(pieces)}
     free = list(_gaps(there))
     for number, cut in enumerate(cuts):
         at = there.get((cut.start, cut.end))
-        if at is not None:
+        elsewhere = any(missing.get(key, at) != at for key in cut.gone)  # another file has that row
+        if at is not None and not elsewhere and pieces[at].images == cut.images:
             piece = pieces[at]
-            if piece.images == cut.images:
-                pieces[at] = Piece(piece.start, piece.end, piece.images, piece.file, number)
-            else:
-                given_up.append(number)
-        elif any(owner[position] >= 0 for position in cut.images) or not _is_free(cut, free):
-            given_up.append(number)
-        else:
+            pieces[at] = Piece(piece.start, piece.end, piece.images, piece.file, number)
+        elif at is None and not elsewhere and _is_free(cut, free) and all(owner[place] < 0 for place in cut.images):
             pieces.append(Piece(cut.start, cut.end, cut.images, "", number))
+        else:
+            given_up.append(number)
     return given_up
 
 

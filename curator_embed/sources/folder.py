@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import pyarrow as pa
 
 from curator_embed.errors import Reason, SourceError, UsageError
@@ -60,6 +61,9 @@ class Entry(NamedTuple):
         return f"{os.path.splitext(self.name)[0]}.{sidecar}"
 
 
+_NOBODY = Entry("", ())
+
+
 @dataclass(frozen=True)
 class ImageFolder:
     """What all shards of a folder share.
@@ -89,14 +93,19 @@ class FolderShard(Shard):
     by_position = True
     grows = True
 
-    def __init__(self, folder: ImageFolder, start: int, end: int, entries: Sequence[Entry]) -> None:
+    def __init__(
+        self, folder: ImageFolder, start: int, end: int, entries: Sequence[Entry], positions: Sequence[int]
+    ) -> None:
         """
         Args:
             start, end: what the name says. There may be fewer images: some are gone, or their rows were dropped.
+            positions: of the images in the listing that all shards of the folder come from.
         """
         self.folder, self.start, self.end, self.count = folder, start, end, len(entries)
         self.table: str | None = None
+        self.gone: tuple[str, ...] = ()  # ids of the table's rows whose images are not there
         self._packed = _pack(entries)
+        self._steps = zlib.compress(np.diff(np.asarray(positions, np.int64), prepend=0).tobytes())
         self._fingerprint: dict[str, str] = {}
         self._notes: list[Note] = []
 
@@ -111,6 +120,10 @@ class FolderShard(Shard):
     def entries(self) -> list[Entry]:
         """The shard's images, in order."""
         return _unpack(self._packed)
+
+    def positions(self) -> np.ndarray:
+        """Their positions in the listing that all shards of the folder come from, int64, as long as ``entries``."""
+        return np.frombuffer(zlib.decompress(self._steps), np.int64).cumsum()
 
     def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
         """Yield a sample an image, in order, reading many files at a time.
@@ -147,7 +160,7 @@ class FolderShard(Shard):
                 good += 1
                 yield Sample(key, answer, extras=beside)
         if failures and not good:
-            self._refuse_unreachable(failures)
+            self._refuse_vanished()
         if unparsed:
             self._note(f"{unparsed} captions or json files cannot be read and count as null")
         if failures:
@@ -214,19 +227,26 @@ class FolderShard(Shard):
         """
         mine = cast("Sequence[FolderShard]", shards)
         first = mine[0]
-        entries = sorted((e for shard in mine for e in shard.entries()), key=lambda e: natural_key(e.name))
-        if len(entries) != first.folder.images:
+        if sum(shard.count for shard in mine) != first.folder.images:
             return Fitted(list(shards))
-        position = {entry.name: at for at, entry in enumerate(entries)}
+        entries: list[Entry] = [_NOBODY] * first.folder.images
+        for shard in mine:
+            for position, entry in zip(shard.positions(), shard.entries(), strict=True):
+                entries[position] = entry
         tabled = [shard for shard in mine if tables and shard.table is not None]
-        cuts = [Cut(s.start, s.end, tuple(position[e.name] for e in s.entries())) for s in tabled]
+        cuts = [Cut(shard.start, shard.end, tuple(shard.positions().tolist()), shard.gone) for shard in tabled]
         keys, marks = [_key(entry.name) for entry in entries], [entry.mark for entry in entries]
         found = fit(keys, marks, files, first.folder.images_per_file, cuts)
         fitted: list[Shard] = []
         for piece in found.pieces:
-            shard = FolderShard(first.folder, piece.start, piece.end, [entries[at] for at in piece.images])
+            shard = FolderShard(
+                first.folder, piece.start, piece.end, [entries[at] for at in piece.images], piece.images
+            )
             shard.named_tables = first.named_tables
-            shard.table = None if piece.cut is None else tabled[piece.cut].table
+            if piece.cut is not None:
+                shard.table, shard.gone = tabled[piece.cut].table, tabled[piece.cut].gone
+            elif not tables:
+                shard.gone = tuple(found.gone.get(piece.file, ()))
             fitted.append(shard)
         return Fitted(fitted, found.gone, found.twice, [tabled[number].table or "" for number in found.given_up])
 
@@ -267,14 +287,18 @@ class FolderShard(Shard):
         paths = (files.join(self.folder.path, name) for name in names)
         return read_many(paths, self.folder.storage_options, self.folder.policy)
 
+    def _refuse_vanished(self) -> None:
+        """A folder that is gone has no images of which each is missing for a reason of its own."""
+        path = self.folder.path
+        if not files.is_remote(path) and not os.path.isdir(path):
+            raise SourceError(path, "is no longer there", "Restore it and run again: finished files are kept")
+
     def _refuse_unreachable(self, failures: Sequence[Unread]) -> None:
-        """A shard is not done when the whole folder was out of reach."""
-        folder = self.folder
-        if not files.is_remote(folder.path) and not os.path.isdir(folder.path):
-            raise SourceError(folder.path, "is no longer there", "Restore it and run again: finished files are kept")
+        """Where a store answers nothing, trying every image with all its retries would take hours."""
+        self._refuse_vanished()
         if all(failure.reason == Reason.READ_ERROR for failure in failures):
             raise SourceError(
-                redact(folder.path),
+                redact(self.folder.path),
                 f"not one of the first {len(failures)} images of {self.name} can be read ({failures[0].detail})",
                 "Check the permissions and the connection, and run again: finished files are kept",
             )
@@ -327,9 +351,11 @@ def find_images(
         dict(storage_options or {}),
         policy or ReadPolicy(),
     )
-    cuts = [entries[start : start + images_per_file] for start in range(0, len(entries), images_per_file)]
-    starts = range(0, len(entries), images_per_file)
-    return [FolderShard(shared, start, start + len(mine), mine) for start, mine in zip(starts, cuts, strict=True)]
+    shards = []
+    for start in range(0, len(entries), images_per_file):
+        mine = entries[start : start + images_per_file]
+        shards.append(FolderShard(shared, start, start + len(mine), mine, range(start, start + len(mine))))
+    return shards
 
 
 def _listing(folder: str, storage_options: files.StorageOptions) -> dict[str, str]:
@@ -366,7 +392,8 @@ def _pack(entries: Sequence[Entry]) -> bytes:
 
 
 def _unpack(packed: bytes) -> list[Entry]:
-    parts = zlib.decompress(packed).decode("utf-8", "surrogateescape").split("\0")
+    text = zlib.decompress(packed).decode("utf-8", "surrogateescape")
+    parts = text.split("\0") if text else []
     count = len(parts) // 3
     named = zip(parts[: 2 * count : 2], parts[1 : 2 * count : 2], parts[2 * count :], strict=True)
     return [Entry(name, tuple(beside.split(".")) if beside else (), state) for name, beside, state in named]

@@ -154,7 +154,7 @@ class Shard(ABC):
         Args:
             shards: the whole dataset.
             files: in the folder that is going to be written to; read once.
-            tables: keep the shards' own tables, where the files do not say otherwise.
+            tables: keep the shards' own tables, where the files do not say otherwise; False where the files are these.
         """
         return Fitted(list(shards))
 

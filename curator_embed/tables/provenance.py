@@ -147,8 +147,9 @@ class Footer:
             id_col = _checked(value.get("id_col", "key"), str)
             entries = _checked(value["columns"], dict).items()
             output = _checked(value.get("output", {}), dict)
+            marks = _checked(value.get("marks", {}), dict)
             found = cls(
-                {name: Entry.of(_checked(made, dict), id_col) for name, made in entries},
+                {name: _with_marks(Entry.of(_checked(made, dict), id_col), marks) for name, made in entries},
                 _counts(value.get("counts", {})),
                 output,
                 id_col,
@@ -176,17 +177,36 @@ class Footer:
 
     def to_bytes(self) -> bytes:
         """The stored form: canonical JSON, UTF-8."""
+        columns = {name: entry.to_dict() for name, entry in self.columns.items()}
+        marks = _without_marks(columns)
         value = {
             "format": FORMAT,
             "id_col": self.id_col,
-            "columns": {name: entry.to_dict() for name, entry in self.columns.items()},
+            "columns": columns,
             "counts": self.counts,
             "output": self.output,
             "table": self.table,
             **({} if self.rows is None else {"rows": self.rows}),
-            **_given(dropped=self.dropped),
+            **_given(dropped=self.dropped, marks=marks),
         }
         return canonical_json(value).encode("utf-8", "backslashreplace")
+
+
+def _without_marks(columns: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """Take the marks of single images out of stored entries: they are long, and one copy serves all columns.
+
+    Returns:
+        Digest of the images -> their marks.
+    """
+    marked = [made["samples"] for made in columns.values() if {"files", "marks"} <= made["samples"].keys()]
+    return {samples["files"]: samples.pop("marks") for samples in marked}
+
+
+def _with_marks(entry: Entry, marks: Mapping[str, Any]) -> Entry:
+    digest = entry.samples.get("files")
+    if not isinstance(digest, str) or digest not in marks:
+        return entry
+    return replace(entry, samples={**entry.samples, "marks": marks[digest]})
 
 
 def _of_0_1_0(footer: Footer) -> Footer:

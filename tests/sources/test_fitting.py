@@ -118,6 +118,16 @@ def test_cuts_are_kept_where_no_file_is_in_the_way() -> None:
     assert cuts(found, names) == {(0, 2): "a", (2, 3): "b", (3, 4): "f", (4, 5): "e", (5, 7): "cd"}
 
 
+@pytest.mark.parametrize(("place", "kept"), [((0, 2), True), ((2, 3), False)])
+def test_a_table_with_a_row_that_another_file_has_is_not_carried_along(place: tuple[int, int], kept: bool) -> None:
+    files = [known(0, 2, "a", "x")] if kept else [known(0, 2, "a"), known(*place, "x")]
+    found = fit(["a"], [mark("a")], files, 3, [Cut(0, 2, (0,), ("x",))])
+    assert (found.given_up == []) is kept
+    # The same of a table that no file has the name of.
+    found = fit(["a"], [mark("a")], [known(5, 6, "x")], 3, [Cut(0, 2, (0,), ("x",))])
+    assert found.given_up == [0] and cuts(found, ["a"]) == {(0, 1): "a", (5, 6): ""}
+
+
 def test_marks_as_they_are_recorded() -> None:
     marks = mark("a") + mark("b")
     assert split_marks(recorded_marks({"marks": marks_as_text(marks)})) == [mark("a"), mark("b")]

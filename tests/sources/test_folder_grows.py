@@ -158,6 +158,42 @@ def test_a_replaced_image_is_counted_and_overwriting_makes_it_anew(
     assert_rows(folder, photos)
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "output"])
+def test_a_file_whose_images_are_all_gone_keeps_its_rows_until_it_is_made_anew(
+    client: Client, photos: Path, tmp_path: Path, in_place: bool
+) -> None:
+    output = None if in_place else tmp_path / "out"
+    folder = output or tmp_path / "photos_metadata"
+    run(photos, output)
+    gone = {"0/0.jpg", "0/3.jpg", "0/6.jpg", "1/1.jpg"}
+    for name in gone:
+        (photos / name).unlink()
+    report, decoded = run(photos, output)
+    assert (decoded, report.read, report.shards["skipped"]) == (0, 10, 3)
+    assert report.notes == [f"{folder}: 4 rows are of images that are gone ('0/0.jpg', ...); finished files keep them"]
+    assert_rows(folder, photos, gone)
+    exported = opened(photos, metadata_path=str(folder))
+    exported.metadata["keep"] = exported.metadata["image_error"].isnull()
+    told = exported.to_webdataset(str(tmp_path / "export"), "keep", progress=False)
+    assert (told.exported, told.no_image) == (5, 4)
+    report, _ = run(photos, output, overwrite=True)
+    assert (report.embedded, report.failed) == (5, 1)
+    rows = table_rows(folder, "path")
+    assert rows.keys() >= {"2/2.jpg", "1/bad.png"}
+    # In place no row is ever removed; a new file is made from the images that there are.
+    assert all(rows[name]["image_error"] == "no_image" for name in gone) if in_place else not gone & rows.keys()
+    assert run(photos, output)[0].shards["skipped"] == 3
+
+
+def test_a_last_file_of_images_that_cannot_be_read_is_finished(client: Client, photos: Path, tmp_path: Path) -> None:
+    for name in ("z/1.jpg", "z/2.jpg"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).symlink_to("nowhere")
+    report, decoded = run(photos, tmp_path / "out", 10)
+    assert (decoded, report.reasons) == (9, {"not_an_image": 1, "not_found": 2})
+    assert run(photos, tmp_path / "out", 10)[0].shards["skipped"] == 2
+
+
 def test_columns_that_are_added_later_follow_the_files(
     client: Client, photos: Path, pictures: list[bytes], tmp_path: Path
 ) -> None:
@@ -290,8 +326,7 @@ def as_0_1_0(folder: Path) -> None:
     for path in folder.glob("*.parquet"):
         table = pq.read_table(path)
         footer = json.loads(table.schema.metadata[b"curator_embed"])
-        for made in footer["columns"].values():
-            del made["samples"]["marks"]
+        footer |= {"format": 1, "marks": {}}
         metadata = {**table.schema.metadata, b"curator_embed": json.dumps(footer).encode()}
         pq.write_table(table.replace_schema_metadata(metadata), path)
 

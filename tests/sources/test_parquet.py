@@ -120,6 +120,21 @@ def test_hugging_face_images_without_ids(client: Client, tmp_path: Path, wheel_p
     assert again.shards["skipped"] == 1
 
 
+def test_a_file_that_came_later_has_its_rows_in_the_folder_that_was_named(
+    client: Client, tmp_path: Path, wheel_photos: list[Path]
+) -> None:
+    images = [{"bytes": image, "path": None} for image in crops(wheel_photos[0], 3)]
+    hugging_face(tmp_path / "hf" / "a.parquet", images)
+    out = tmp_path / "out"
+    ColourEmbedder()(ImageTextPairDataset.from_parquet(tmp_path / "hf")).save_metadata(str(out), progress=False)
+    hugging_face(tmp_path / "hf" / "b.parquet", images[:1])
+    grown = ImageTextPairDataset.from_parquet(tmp_path / "hf", metadata_path=str(out))
+    report = ColourEmbedder()(grown).save_metadata(progress=False)
+    assert (report.shards["done"], report.shards["skipped"]) == (1, 1)
+    assert sorted(path.name for path in out.glob("*.parquet")) == ["a.parquet", "b.parquet"]
+    assert not (tmp_path / "hf_metadata").exists()
+
+
 def test_export_takes_the_bytes_as_they_are(client: Client, tmp_path: Path, wheel_photos: list[Path]) -> None:
     folder = img2dataset(tmp_path / "data", wheel_photos)
     dataset = ImageTextPairDataset.from_parquet(folder)

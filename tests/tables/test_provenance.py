@@ -46,6 +46,15 @@ def test_every_field_comes_back() -> None:
     assert json.loads(footer.to_bytes())["format"] == FORMAT == 2
 
 
+def test_marks_of_images_are_stored_once_for_all_columns() -> None:
+    one, other = ({"files": digest, "marks": digest * 99} for digest in ("abc", "xyz"))
+    samples = {"a": one, "b": other, "c": one, "d": {"size": 1}}
+    footer = Footer({name: Entry({}, made, {"id_col": "path"}) for name, made in samples.items()})
+    stored = footer.to_bytes()
+    assert stored.count(b"abc" * 99) == stored.count(b"xyz" * 99) == 1
+    assert Footer.of(schema(stored)) == footer
+
+
 def test_footers_do_not_depend_on_the_order_of_keys() -> None:
     one, other = Entry({"x": 1, "y": 2}), Entry({"y": 2, "x": 1})
     assert Footer({"a": one}).to_bytes() == Footer({"a": other}).to_bytes()

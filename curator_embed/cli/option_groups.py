@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
+
+from curator_embed.errors import UsageError
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -21,6 +23,7 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
+        _refuse_empty(given)
         for name, options in added.items():
             given[name] = groups[name](**{option.name: given.pop(option.name) for option in options})
         command(**given)
@@ -31,6 +34,15 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__annotations__ = {p.name: p.annotation for p in parameters}
     del with_options.__wrapped__
     return with_options
+
+
+def _refuse_empty(given: Mapping[str, Any]) -> None:
+    """An empty text names nothing; as a path it would mean the current folder, in a script with a variable unset."""
+    for name, value in given.items():
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and not text.strip() for text in texts):
+            shown = "SRC" if name == "src" else f"--{name.replace('_', '-')}"
+            raise UsageError(f"{shown} is empty; give it a value{'' if name == 'src' else ', or leave it out'}")
 
 
 def _options(group: Any) -> list[inspect.Parameter]:

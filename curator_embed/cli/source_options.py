@@ -120,6 +120,10 @@ class SourceOptions(StorageOptions):
         check_place(output, storage)
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
         opened = self._opened(src, kind, storage, batch_size)
+        if output is not None:
+            from curator_embed.sources.nesting import check_output
+
+            check_output(output, opened.inputs, storage)
         if kind is SourceKind.webdataset and all(shard.image_source() is None for shard in opened.shards):
             from curator_embed.storage.files import redact
 

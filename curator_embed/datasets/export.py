@@ -29,8 +29,9 @@ from curator_embed.execution.clients import some_client
 from curator_embed.execution.progress import Progress
 from curator_embed.execution.run import check_writable
 from curator_embed.execution.worker import read_partition
+from curator_embed.sources.nesting import check_output
 from curator_embed.sources.shard import Shard
-from curator_embed.storage.files import absolute, exists, fingerprint
+from curator_embed.storage.files import exists, fingerprint
 from curator_embed.storage.location import Location
 from curator_embed.tables.bookkeeping import Bookkeeping
 from curator_embed.tables.lock import OutputLock
@@ -160,7 +161,7 @@ def export(
         )
     if dataset.id_col not in frame.columns:
         raise UsageError(f"the metadata has lost its id column '{dataset.id_col}'")
-    path = absolute(path)
+    path = check_output(path, dataset.inputs, dataset.storage_options)
     folder = Location.of(path, dataset.storage_options)
     added = tuple(dataset.added_columns())
     report = ExportReport()

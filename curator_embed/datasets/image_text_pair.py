@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from curator_embed.datasets.pending import check_step, taken_columns
 from curator_embed.errors import UsageError
 from curator_embed.execution.job import ShardJob
+from curator_embed.sources.nesting import check_output
 from curator_embed.sources.shard import Shard, first_images
 from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import Step
@@ -39,9 +40,15 @@ class ImageTextPairDataset:
         steps: Sequence[Step] = (),
         *,
         storage_options: Mapping[str, Any] | None = None,
+        inputs: Sequence[str] = (),
     ) -> None:
+        """
+        Args:
+            inputs: what it was opened from (files, folders that were searched, patterns): no output may lie there.
+        """
         self._shards, self.id_col, self._steps = tuple(shards), id_col, tuple(steps)
         self.storage_options = dict(storage_options or {})
+        self.inputs = tuple(inputs)
         self._metadata: dd.DataFrame | None = None
         self._columns_as_read: list[str] = []
 
@@ -87,7 +94,8 @@ class ImageTextPairDataset:
             folder = absolute(metadata_path).rstrip("/")
             check_tables_folder(folder, storage_options)
             shards = [shard.with_table(f"{folder}/{shard.name}.parquet") for shard in shards]
-        return cls(shards, id_col, storage_options=storage_options)
+        inputs = [os.fspath(one) for one in ([path] if isinstance(path, str | os.PathLike) else path)]
+        return cls(shards, id_col, storage_options=storage_options, inputs=inputs)
 
     @classmethod
     def from_path_list(
@@ -144,7 +152,7 @@ class ImageTextPairDataset:
             policy=reading,
         )
         tabled = with_found_tables(shards, metadata_path, storage_options)
-        return cls(tabled, id_col, storage_options=storage_options)
+        return cls(tabled, id_col, storage_options=storage_options, inputs=[os.fspath(path_file)])
 
     @classmethod
     def from_folder(
@@ -192,7 +200,7 @@ class ImageTextPairDataset:
             policy=reading,
         )
         fitted = fit_to_own_tables(shards, metadata_path, id_col, storage_options)
-        return cls(fitted, id_col, storage_options=storage_options)
+        return cls(fitted, id_col, storage_options=storage_options, inputs=[os.fspath(path)])
 
     @classmethod
     def from_parquet(
@@ -233,7 +241,8 @@ class ImageTextPairDataset:
         shards: list[Shard] = list(found)
         if metadata_path is not None or found[0].numbered:
             shards = with_found_tables(shards, metadata_path, storage_options)
-        return cls(shards, found[0].id_col, storage_options=storage_options)
+        inputs = [os.fspath(one) for one in ([path] if isinstance(path, str | os.PathLike) else path)]
+        return cls(shards, found[0].id_col, storage_options=storage_options, inputs=inputs)
 
     # -- what it is ------------------------------------------------------------------------
 
@@ -271,7 +280,9 @@ class ImageTextPairDataset:
 
     def like(self, shards: Sequence[Shard], steps: Sequence[Step]) -> ImageTextPairDataset:
         """A dataset of other shards and steps, otherwise like this one."""
-        return ImageTextPairDataset(shards, self.id_col, steps, storage_options=self.storage_options)
+        return ImageTextPairDataset(
+            shards, self.id_col, steps, storage_options=self.storage_options, inputs=self.inputs
+        )
 
     # -- runs --------------------------------------------------------------------------------
 
@@ -313,7 +324,7 @@ class ImageTextPairDataset:
         return ShardJob(
             steps=self._steps,
             id_col=self.id_col,
-            output=None if output is None else absolute(str(output)),
+            output=None if output is None else check_output(str(output), self.inputs, self.storage_options),
             select=None if columns is None else tuple(columns),
             on_error=on_error,
             overwrite=overwrite,

@@ -54,9 +54,15 @@ def local_path(path: str) -> str:
 
 
 def absolute(path: str) -> str:
-    """A path that means the same to a worker that runs in another folder; URLs are left as they are."""
+    """A path that means the same to a worker that runs in another folder; URLs are left as they are.
+
+    Raises:
+        UsageError: the path is empty, which would mean the folder that the process happens to run in.
+    """
     if is_remote(path):
         return path
+    if not path.strip():
+        raise UsageError(f"{path!r} is no path: it is empty. Name a file or a folder ('.' is the current one)")
     plain = local_path(path)
     return plain if os.path.isabs(plain) else os.path.abspath(plain)
 

@@ -70,6 +70,13 @@ CASES = {
     "weights to certify": Case(("certify", "SRC", "--model", MODEL, "--weights", "no.pt"), ("no.pt: cannot be read",)),
     "source": Case(("embed", "nowhere", "--model", MODEL), ("nowhere: no such file or folder",)),
     "list": Case(("embed", "nowhere.txt", "--model", MODEL), ("nowhere.txt",)),
+    "empty output": Case((*EMBED, "--output", ""), ("--output is empty",)),
+    "blank output": Case(("columns", "SRC", "--properties", "--output", " "), ("--output is empty",)),
+    "empty source": Case(("embed", "", "--model", MODEL), ("SRC is empty",)),
+    "empty tables": Case((*EMBED, "--metadata", ""), ("--metadata is empty",)),
+    "output is the source": Case((*EMBED, "--output", "source", "--overwrite"), ("the dataset's own folder",)),
+    "output in the source": Case((*EMBED, "--output", "source/out"), ("source_out", "the next run would take it")),
+    "source in the output": Case((*EMBED, "--output", "."), ("lies in the output folder (source)", "/embedded")),
     "protocol of the output": Case((*EMBED, "--output", "foo://b/o"), ("foo://b/o: cannot be opened", "foo")),
     "extra of the output": Case(
         (*EMBED, "--output", "gs://bucket/out"), ("'gcsfs'", "pip install 'curator-embed[gcs]'"),

@@ -161,7 +161,7 @@ def export(
         )
     if dataset.id_col not in frame.columns:
         raise UsageError(f"the metadata has lost its id column '{dataset.id_col}'")
-    path = check_output(path, dataset.inputs, dataset.storage_options)
+    path = check_output(path, dataset.inputs, dataset.storage_options, writes="tars")
     folder = Location.of(path, dataset.storage_options)
     added = tuple(dataset.added_columns())
     report = ExportReport()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from curator_embed.datasets.pending import check_step, taken_columns
 from curator_embed.errors import UsageError
 from curator_embed.execution.job import ShardJob
-from curator_embed.sources.nesting import check_output
+from curator_embed.sources.nesting import Input, check_output
 from curator_embed.sources.shard import Shard, first_images
 from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import Step
@@ -40,11 +40,11 @@ class ImageTextPairDataset:
         steps: Sequence[Step] = (),
         *,
         storage_options: Mapping[str, Any] | None = None,
-        inputs: Sequence[str] = (),
+        inputs: Sequence[Input] = (),
     ) -> None:
         """
         Args:
-            inputs: what it was opened from (files, folders that were searched, patterns): no output may lie there.
+            inputs: what it was opened from: no output may lie where the next run would take it for input.
         """
         self._shards, self.id_col, self._steps = tuple(shards), id_col, tuple(steps)
         self.storage_options = dict(storage_options or {})
@@ -94,7 +94,7 @@ class ImageTextPairDataset:
             folder = absolute(metadata_path).rstrip("/")
             check_tables_folder(folder, storage_options)
             shards = [shard.with_table(f"{folder}/{shard.name}.parquet") for shard in shards]
-        inputs = [os.fspath(one) for one in ([path] if isinstance(path, str | os.PathLike) else path)]
+        inputs = [Input(os.fspath(one), "tars") for one in ([path] if isinstance(path, str | os.PathLike) else path)]
         return cls(shards, id_col, storage_options=storage_options, inputs=inputs)
 
     @classmethod
@@ -152,7 +152,7 @@ class ImageTextPairDataset:
             policy=reading,
         )
         tabled = with_found_tables(shards, metadata_path, storage_options)
-        return cls(tabled, id_col, storage_options=storage_options, inputs=[os.fspath(path_file)])
+        return cls(tabled, id_col, storage_options=storage_options, inputs=[Input(os.fspath(path_file), "")])
 
     @classmethod
     def from_folder(
@@ -200,7 +200,7 @@ class ImageTextPairDataset:
             policy=reading,
         )
         fitted = fit_to_own_tables(shards, metadata_path, id_col, storage_options)
-        return cls(fitted, id_col, storage_options=storage_options, inputs=[os.fspath(path)])
+        return cls(fitted, id_col, storage_options=storage_options, inputs=[Input(os.fspath(path), "images")])
 
     @classmethod
     def from_parquet(
@@ -241,7 +241,7 @@ class ImageTextPairDataset:
         shards: list[Shard] = list(found)
         if metadata_path is not None or found[0].numbered:
             shards = with_found_tables(shards, metadata_path, storage_options)
-        inputs = [os.fspath(one) for one in ([path] if isinstance(path, str | os.PathLike) else path)]
+        inputs = [Input(os.fspath(one), "tables") for one in ([path] if isinstance(path, str | os.PathLike) else path)]
         return cls(shards, found[0].id_col, storage_options=storage_options, inputs=inputs)
 
     # -- what it is ------------------------------------------------------------------------

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 from curator_embed.errors import UsageError
 from curator_embed.sources.webdataset import expand_braces
@@ -19,6 +21,21 @@ _ALIASES = {"s3a": "s3", "gcs": "gs", "abfss": "abfs", "az": "abfs"}
 """Other names of a protocol: the same bucket by either."""
 
 _SPECIAL = "*?[{"
+_TABLES, _TARS = (".parquet", ".pq"), (".tar",)
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a dataset was opened from.
+
+    Attributes:
+        path: a file, a folder or a pattern, as it was named.
+        finds: what a search of the folder and its subfolders takes for input: "tables" in every one of them, "tars"
+            with the tables beside them, or "images" alone. Empty where nothing is searched: a list.
+    """
+
+    path: str
+    finds: Literal["tables", "tars", "images", ""]
 
 
 def is_within(inner: str, outer: str) -> bool:
@@ -30,32 +47,31 @@ def is_within(inner: str, outer: str) -> bool:
     return (inner + "/").startswith(outer.rstrip("/") + "/")
 
 
-def reaches(pattern: str, folder: str) -> bool:
-    """Whether a search might find parquet files in a folder: it goes through that folder, or through one around it.
+def reaches(pattern: str, folder: str, endings: Sequence[str] = _TABLES) -> bool:
+    """Whether a pattern may mean files of these endings in a folder, or a folder around them, which is searched.
 
     Args:
-        pattern: a resolved folder, which is searched with its subfolders, or a pattern (``*``, ``**``, ``?``, ``[ab]``,
-            ``{a,b}``) for files and folders.
+        pattern: resolved; ``*``, ``**``, ``?``, ``[ab]`` and ``{a,b}`` are special.
         folder: resolved.
     """
-    return _reaches(pattern.split("/"), folder.split("/"))
+    return _reaches(pattern.split("/"), folder.split("/"), tuple(endings))
 
 
-def _reaches(pattern: Sequence[str], folder: Sequence[str]) -> bool:
+def _reaches(pattern: Sequence[str], folder: Sequence[str], endings: tuple[str, ...]) -> bool:
     if not pattern:
         return True  # the pattern means the folder, or one around it
     first, rest = pattern[0], pattern[1:]
-    if not folder:  # what is left of the pattern means something in the folder: is that its parquet files?
+    if not folder:  # what is left of the pattern means something in the folder: are those such files?
         left = [part for part in pattern if part != "**"]
         if not left:
             return True
-        name = left[-1].lower()
-        is_special = any(c in name for c in _SPECIAL)
-        return len(left) == 1 and (not name.endswith(".tar") if is_special else name.endswith((".parquet", ".pq")))
+        ending = os.path.splitext(left[-1].lower())[1]
+        is_any = any(c in (ending or left[-1]) for c in _SPECIAL)
+        return len(left) == 1 and (is_any or ending in endings)
     if first == "**":
-        return _reaches(rest, folder) or _reaches(pattern, folder[1:])
+        return _reaches(rest, folder, endings) or _reaches(pattern, folder[1:], endings)
     matches = first == folder[0] or any(fnmatchcase(folder[0], plain) for plain in expand_braces(first))
-    return matches and _reaches(rest, folder[1:])
+    return matches and _reaches(rest, folder[1:], endings)
 
 
 def resolved(path: str, storage_options: StorageOptions = None) -> str:
@@ -73,30 +89,37 @@ def resolved(path: str, storage_options: StorageOptions = None) -> str:
     return (followed.rstrip("/") + plain[len(fixed) :]).rstrip("/") or "/"
 
 
-def check_output(output: str, inputs: Sequence[str], storage_options: StorageOptions = None) -> str:
-    """Refuse an output in which, or around which, the input lies.
+def check_output(
+    output: str,
+    inputs: Sequence[Input],
+    storage_options: StorageOptions = None,
+    *,
+    writes: Literal["tables", "tars"] = "tables",
+) -> str:
+    """Refuse an output that the next run would take for input, or around which the input lies.
 
     Args:
         output: a folder that need not exist, a path or URL.
-        inputs: what the dataset was opened from: files by name, folders that are searched, patterns.
+        inputs: what the dataset was opened from.
+        writes: what the output will hold: parquet files, or tars and parquet files (an export).
 
     Returns:
         The output as an absolute path, or the URL as it is.
 
     Raises:
-        UsageError: the next run would take the output for input, or readers of the output would take the input for it.
+        UsageError: it lies there; the message says where it could lie.
     """
     folder = files.absolute(output)
     there = resolved(folder, storage_options)
     for given in inputs:
-        source, shown = resolved(given, storage_options), redact(given)
+        source, shown = resolved(given.path, storage_options), redact(given.path)
         begin = source if _is_plain(source) else _fixed(source)
         if there == begin:
             raise UsageError(
                 f"{redact(folder)}: the output is the dataset's own folder. To add columns to the dataset, give no "
                 f"output path; for new files, choose {_beside(begin, 'embedded')}"
             )
-        if _is_searched(source, storage_options) and reaches(source, there):
+        if _is_found(there, source, given, writes, storage_options):
             raise UsageError(
                 f"{redact(folder)}: the output lies in the dataset's own folder ({shown}), and the next run would take "
                 f"it for input. Choose {_beside(begin, there.rpartition('/')[2])}, and move there what an earlier "
@@ -110,8 +133,18 @@ def check_output(output: str, inputs: Sequence[str], storage_options: StorageOpt
     return folder
 
 
-def _is_searched(source: str, storage_options: StorageOptions) -> bool:
-    return not _is_plain(source) or files.is_folder(source, storage_options)
+def _is_found(
+    output: str, source: str, given: Input, writes: Literal["tables", "tars"], options: StorageOptions
+) -> bool:
+    """Whether the search of a source would come to what is written to an output."""
+    if not _is_plain(source):
+        return reaches(source, output, _TABLES if writes == "tables" else _TABLES + _TARS)
+    if not given.finds or not is_within(output, source):
+        return False
+    if writes == "tars" or given.finds == "tables":
+        return True
+    # Tables count only in folders that hold tars, and beside images not at all.
+    return given.finds == "tars" and files.is_folder(output, options) and bool(files.list_files(output, _TARS, options))
 
 
 def _is_plain(source: str) -> bool:

@@ -11,11 +11,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from curator_embed.execution.gpus import driver, torch_built_for, why_no_gpu
 from tests.command import REPO, Ran
-from tests.shards import write_dataset
+from tests.shards import crops, write_dataset
 
 Run = Callable[..., Ran]
 MODEL = "test_resnet"
@@ -75,7 +77,9 @@ CASES = {
     "empty source": Case(("embed", "", "--model", MODEL), ("SRC is empty",)),
     "empty tables": Case((*EMBED, "--metadata", ""), ("--metadata is empty",)),
     "output is the source": Case((*EMBED, "--output", "source", "--overwrite"), ("the dataset's own folder",)),
-    "output in the source": Case((*EMBED, "--output", "source/out"), ("source_out", "the next run would take it")),
+    "output in the source": Case(
+        ("embed", "tables", "--model", MODEL, "--output", "tables/out"), ("tables_out", "the next run would take it"),
+    ),
     "source in the output": Case((*EMBED, "--output", "."), ("lies in the output folder (source)", "/embedded")),
     "protocol of the output": Case((*EMBED, "--output", "foo://b/o"), ("foo://b/o: cannot be opened", "foo")),
     "extra of the output": Case(
@@ -111,6 +115,9 @@ def told(tmp_path_factory: pytest.TempPathFactory, wheel_photos: list[Path]) -> 
     """Case -> (status, all that was said, whether torch had been imported by then), from one process for all."""
     folder = tmp_path_factory.mktemp("early")
     write_dataset(folder / "source", wheel_photos, shards=1, samples=2)
+    (folder / "tables").mkdir()
+    images = crops(wheel_photos[0], 2)
+    pq.write_table(pa.table({"key": ["a", "b"], "image": images}), folder / "tables" / "0.parquet")
     for name, text in FILES.items():
         (folder / name).write_text(text)
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))

@@ -12,7 +12,7 @@ import pytest
 from curator_embed.columns import ImageHasher
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import UsageError
-from curator_embed.sources.nesting import check_output, is_within, reaches, resolved
+from curator_embed.sources.nesting import Input, check_output, is_within, reaches, resolved
 from tests.shards import crops, write_dataset
 
 
@@ -39,17 +39,15 @@ def test_what_lies_below_what(inner: str, outer: str, within: bool) -> None:
 @pytest.mark.parametrize(
     ("pattern", "folder", "found"),
     [
-        ("/ds", "/ds", True),
-        ("/ds", "/ds/out", True),
-        ("/ds", "/ds_out", False),
-        ("/ds/out", "/ds", False),  # the other way round: see below
-        ("/ds/a.parquet", "/ds", True),
-        ("/ds/*/*.parquet", "/ds", False),
         ("/ds/*.parquet", "/ds", True),
+        ("/ds/a.parquet", "/ds", True),
+        ("/ds/a.txt", "/ds", False),
         ("/ds/*.parquet", "/ds/out", False),
-        ("/ds/*.tar", "/ds", False),  # a pattern for tars finds no parquet
+        ("/ds/*.parq*", "/ds", True),
+        ("/ds/*.tar", "/ds", False),
         ("/ds/*", "/ds/out", True),
         ("/ds/*/*.parquet", "/ds/out", True),
+        ("/ds/*/*.parquet", "/ds", False),
         ("/ds/*/*.parquet", "/ds/out/deeper", False),
         ("/ds/**/*.parquet", "/ds/out/deeper", True),
         ("/ds/**", "/ds/out", True),
@@ -61,8 +59,12 @@ def test_what_lies_below_what(inner: str, outer: str, within: bool) -> None:
         ("s3://bucket/ds/*.tar", "s3://bucket/ds/out", False),
     ],
 )
-def test_what_a_search_comes_to(pattern: str, folder: str, found: bool) -> None:
+def test_what_a_pattern_comes_to(pattern: str, folder: str, found: bool) -> None:
     assert reaches(pattern, folder) is found
+
+
+def test_an_export_writes_tars_too() -> None:
+    assert not reaches("/ds/*/*.tar", "/ds/out") and reaches("/ds/*/*.tar", "/ds/out", (".parquet", ".tar"))
 
 
 def test_locations_are_compared_without_links_and_aliases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,26 +97,22 @@ def test_an_empty_path_is_none() -> None:
     ],
 )
 def test_what_is_allowed(output: str, inputs: tuple[str, ...]) -> None:
-    assert check_output(output, inputs) == output
+    assert check_output(output, [Input(path, "tars") for path in inputs]) == output
 
 
 @pytest.mark.parametrize(
-    ("output", "inputs", "words"),
+    ("output", "given", "words"),
     [
-        ("memory://ds", ("memory://ds/*.parquet",), "the dataset's own folder. .* such as memory:///ds_embedded"),
-        (
-            "memory://ds/out",
-            ("memory://ds/**",),
-            "take it for input. Choose a folder beside it, such as memory:///ds_out",
-        ),
-        ("/x", ("/x/lists/list.txt",), "the dataset itself lies in the output folder .*such as /x/embedded"),
-        ("/x", ("/x/[ab]/*.tar",), "the dataset's own folder"),
-        ("s3://bucket/out", ("s3://bucket/**",), "Choose another bucket"),
+        ("memory://ds", "memory://ds/*.parquet", "the dataset's own folder. .* such as memory:///ds_embedded"),
+        ("memory://ds/out", "memory://ds/**", "take it for input. Choose a folder beside it, such as memory:///ds_out"),
+        ("/x", "/x/lists/list.txt", "the dataset itself lies in the output folder .*such as /x/embedded"),
+        ("/x", "/x/[ab]/*.tar", "the dataset's own folder"),
+        ("s3://bucket/out", "s3://bucket/**", "Choose another bucket"),
     ],
 )
-def test_what_is_refused(output: str, inputs: tuple[str, ...], words: str) -> None:
+def test_what_is_refused(output: str, given: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        check_output(output, inputs)
+        check_output(output, [Input(given, "tars")])
 
 
 @pytest.fixture
@@ -141,24 +139,63 @@ def sources(tmp_path: Path, wheel_photos: list[Path]) -> dict[str, tuple[Any, Pa
             for name, opened in kinds.items()}  # fmt: skip
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("kind", ["wds", "folder", "parquet", "numbered"])
-def test_a_second_run_never_meets_the_first_ones_output(sources: dict[str, tuple[Any, Path]], kind: str) -> None:
-    """Refused where it would, and done where the message says; what an earlier version left can be moved there."""
+@pytest.mark.parametrize("place", [".", "out", "deep/er", "train"])
+def test_a_second_run_never_meets_the_first_ones_output(
+    sources: dict[str, tuple[Any, Path]], kind: str, place: str
+) -> None:
+    """Refused where it would, with nothing changed; else the second run finds all as the first one left it."""
     opened, folder = sources[kind]
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    for wrong in (folder, folder / "out", folder / "deep" / "er"):
-        with pytest.raises(UsageError, match="the dataset's own folder"):
-            ImageHasher(["phash"])(opened()).save_metadata(str(wrong), overwrite=True, progress=False)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert not (folder / "out").exists() and not (folder / "deep").exists()
-    beside = Path(f"{folder}_out")
-    assert ImageHasher(["phash"])(opened()).save_metadata(str(beside), progress=False).shards["done"] == 1
-    shutil.move(beside, folder / "out")  # as if an earlier version had allowed it
-    shutil.move(folder / "out", beside)
-    again = ImageHasher(["phash"])(opened()).save_metadata(str(beside), progress=False)
+    if kind == "wds":
+        (folder / "train").mkdir()
+        shutil.copy(folder / "00000.tar", folder / "train" / "00000.tar")
+    before, rows = contents(folder), ImageHasher(["sha256"])(opened()).save_metadata(f"{folder}_all", progress=False)
+    try:
+        ImageHasher(["phash"])(opened()).save_metadata(str(folder / place), overwrite=True, progress=False)
+    except UsageError as refused:
+        assert "the dataset's own folder" in str(refused)
+        assert contents(folder) == before and not (folder / "out").exists() and not (folder / "deep").exists()
+        taken = True
+    else:
+        again = ImageHasher(["phash"])(opened()).save_metadata(str(folder / place), progress=False)
+        assert (again.read, again.shards["done"], again.shards["failed"]) == (rows.read, 0, 0)
+        taken = False
+    assert taken is (place == "." or "parquet" in kind or kind == "numbered" or (kind == "wds" and place == "train"))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "numbered"])
+def test_what_an_earlier_version_left_is_moved_as_the_message_says(
+    sources: dict[str, tuple[Any, Path]], kind: str
+) -> None:
+    opened, folder = sources[kind]
+    ImageHasher(["phash"])(opened()).save_metadata(str(folder.parent / "left"), progress=False)
+    inside = folder / "out"
+    with pytest.raises(UsageError, match=f"such as {folder}_out, and move there"):
+        ImageHasher(["phash"])(opened()).save_metadata(str(inside), progress=False)
+    shutil.move(folder.parent / "left", inside)  # as an earlier version had written it
+    shutil.move(inside, f"{folder}_out")
+    again = ImageHasher(["phash"])(opened()).save_metadata(f"{folder}_out", progress=False)
     assert (again.read, again.shards["skipped"], again.shards["done"]) == (3, 1, 0)
-    with pytest.raises(UsageError, match="it is empty"):
-        ImageHasher(["phash"])(opened()).save_metadata("", progress=False)
+
+
+def test_an_empty_output_is_refused_in_python_too(
+    sources: dict[str, tuple[Any, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for save in (
+        lambda: ImageHasher(["phash"])(sources["wds"][0]()).save_metadata("", progress=False),
+        lambda: ImageHasher(["phash"])(sources["wds"][0]()).plan(" "),
+        lambda: ImageTextPairDataset.from_webdataset(str(sources["wds"][1]), metadata_path=""),
+        lambda: ImageTextPairDataset.from_webdataset(""),
+    ):
+        with pytest.raises(UsageError, match="it is empty"):
+            save()
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_an_export_into_the_dataset_is_refused(sources: dict[str, tuple[Any, Path]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +15,7 @@ from curator_embed.errors import UsageError
 
 if TYPE_CHECKING:
     from curator_embed.execution.clusters import ClusterConfig
+    from curator_embed.execution.placing import Workforce
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,33 @@ class ClusterOptions:
         """Whether the work is done by processes of this machine, so that its devices and packages are what counts."""
         return self.scheduler is None and (self.config is None or self.config.kind == "local")
 
+    def workforce(self, device: str | None) -> tuple[Workforce, str]:
+        """Who would do the work, and that in words; nobody is started or asked.
+
+        Args:
+            device: that was asked for; a running cluster, which is not asked, is taken to have it.
+        """
+        from curator_embed.execution.gpus import driver
+        from curator_embed.execution.placing import Workforce
+
+        if self.on_this_machine:
+            found = driver() if self.gpu and self.workers is None else None
+            count = self.config.workers if self.config is not None else self.workers or (found.devices if found else 1)
+            here = Workforce.here(count)
+            return here, f"{_workers(count)} on this machine, {_cores(here.cores)} each"
+        config = self.config
+        if config is None or config.kind in ("scheduler", "databricks"):
+            here = Workforce.here()
+            if device is not None and device.startswith("cuda"):
+                here = replace(here, gpus=lambda: {"the cluster": int(device.partition(":")[2] or 0) + 1})
+            return here, f"a machine like this one, {_cores(here.cores)}: the cluster's own workers are not asked"
+        cores = config.cores_per_worker()
+        gpus = {f"a worker of {config.path}": 1 if config.gpus_per_node else 0}
+        count, each = config.workers, cores or Workforce.here().cores
+        said = f"{_cores(each)} each{'' if cores else ', as this machine has'}"
+        there = Workforce(count, each, config.threads_per_worker * count, lambda: gpus)
+        return there, f"{_workers(config.workers)} of {config.path}, {said}"
+
     @contextmanager
     def client(self) -> Iterator[None]:
         """The Dask client asked for, closed with all it started; none where the default serves."""
@@ -104,3 +132,11 @@ class ClusterOptions:
             yield
         finally:
             client.close()
+
+
+def _workers(count: int) -> str:
+    return f"{count:,} worker{'' if count == 1 else 's'}"
+
+
+def _cores(count: int) -> str:
+    return f"{count:,} core{'' if count == 1 else 's'}"

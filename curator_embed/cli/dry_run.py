@@ -7,12 +7,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from curator_embed.datasets.saving import plan as planned
+from curator_embed.execution.job import ShardJob
+from curator_embed.execution.placing import Workforce
 from curator_embed.execution.worker import build_pipeline
 from curator_embed.steps import BatchStep, Step
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset
-    from curator_embed.execution.job import ShardJob
 
 TIMED_IMAGES = 64
 
@@ -27,6 +29,7 @@ class DryRun:
         bytes_to_write, bytes_free: None where not known.
         seconds: expected for the rows that are left, measured on a few images; None when rows are not known.
         conflicts: files that stand in the way, with why.
+        planned_for: the workers that are assumed, in words.
     """
 
     shards: int
@@ -38,6 +41,7 @@ class DryRun:
     seconds: float | None
     conflicts: list[str]
     settings: dict[str, Any]
+    planned_for: str
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -49,9 +53,10 @@ class DryRun:
         if self.bytes_to_write is not None:
             free = "" if self.bytes_free is None else f", {self.bytes_free / 1e9:,.2f} GB free"
             lines.append(f"to write       {self.bytes_to_write / 1e9:,.3f} GB{free}")
+        lines.append(f"planned for    {self.planned_for}")
         if self.images_per_second is not None:
             lines.append(
-                f"speed          about {self.images_per_second:,.1f} images/s a worker, measured on a few images"
+                f"speed          about {self.images_per_second:,.1f} images/s per worker, measured on a few images here"
             )
         if self.seconds is not None:
             lines.append(f"time           about {_duration(self.seconds)}")
@@ -69,12 +74,24 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} h" if seconds < 172800 else f"{seconds / 86400:,.1f} days"
 
 
-def describe(dataset: ImageTextPairDataset, output: str | None, *, limit: int | None, overwrite: bool) -> DryRun:
-    """Plan the run and time a few images; writes nothing."""
-    plan = dataset.plan(output, limit=limit, overwrite=overwrite)
+def describe(
+    dataset: ImageTextPairDataset,
+    output: str | None,
+    *,
+    limit: int | None,
+    overwrite: bool,
+    workforce: Workforce,
+    planned_for: str,
+) -> DryRun:
+    """Plan the run and time a few images in this process; starts no cluster and writes nothing.
+
+    Args:
+        workforce: the workers that are assumed; ``planned_for`` says in words which.
+    """
+    plan = planned(dataset, output, limit=limit, overwrite=overwrite, workforce=workforce)
     todo = plan.todo
     speed = None
-    if todo and len(plan.job.not_needed) < len(plan.job.steps):  # else columns that are there are copied
+    if todo and len(plan.job.not_needed) < len(plan.job.steps) and _is_here(plan.job.device):  # else columns are copied
         images = dataset.like([plan.shards[todo[0]]], ()).first_images(TIMED_IMAGES)
         # An eager model is a safe lower bound: compiling takes longer than this measurement.
         job = dataclasses.replace(plan.job, steps=tuple(map(_eager, plan.job.steps)))
@@ -87,10 +104,16 @@ def describe(dataset: ImageTextPairDataset, output: str | None, *, limit: int | 
         bytes_to_write=plan.bytes_to_write,
         bytes_free=plan.bytes_free,
         images_per_second=speed,
-        seconds=rows / speed if rows is not None and speed else None,
+        seconds=rows / (speed * workforce.workers) if rows is not None and speed else None,
         conflicts=[str(conflict) for conflict in plan.conflicts()],
         settings=plan.settings,
+        planned_for=planned_for,
     )
+
+
+def _is_here(device: str) -> bool:
+    """Whether this process can time a model on it: a cluster may have GPUs that this machine lacks."""
+    return device.partition(":")[0] != "cuda" or bool(Workforce.here().gpus()["this machine"])
 
 
 def _eager(step: Step) -> Step:

@@ -238,13 +238,14 @@ def embed(
         pending = embedder(pending)
     for step in measured:
         pending = step(pending)
-    with source.logging(src) as log, where.client():
-        if dry_run:
-            from curator_embed.cli.dry_run import describe
+    if dry_run:
+        from curator_embed.cli.dry_run import describe
 
-            described = describe(pending, output, limit=limit, overwrite=overwrite)
-            typer.echo(json.dumps(described.to_dict(), indent=2) if as_json else in_options(str(described)))
-            return
+        workforce, named = where.workforce(device)
+        described = describe(pending, output, limit=limit, overwrite=overwrite, workforce=workforce, planned_for=named)
+        typer.echo(json.dumps(described.to_dict(), indent=2) if as_json else in_options(str(described)))
+        return
+    with source.logging(src) as log, where.client():
         report = pending.save_metadata(
             output,
             keep_column,

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from curator_embed.datasets.frames import assigned_columns, write_assigned
 from curator_embed.errors import UsageError
-from curator_embed.execution.clients import some_client
+from curator_embed.execution.clients import found_client
 from curator_embed.execution.job import ShardJob
-from curator_embed.execution.placing import place_on_workers
+from curator_embed.execution.placing import Workforce, place
 from curator_embed.execution.run import RunPlan, execute, fit_to_output, make_plan
-from curator_embed.execution.workers import cores_per_worker
 from curator_embed.pipeline.engines import agreed_decode
 from curator_embed.storage.location import Location
 
@@ -51,15 +50,27 @@ def save(
     return report
 
 
-def plan(dataset: ImageTextPairDataset, path: str | None, *, limit: int | None, overwrite: bool) -> RunPlan:
-    """See ``ImageTextPairDataset.plan``."""
+def plan(
+    dataset: ImageTextPairDataset,
+    path: str | None,
+    *,
+    limit: int | None,
+    overwrite: bool,
+    workforce: Workforce | None = None,
+) -> RunPlan:
+    """See ``ImageTextPairDataset.plan``; starts nothing.
+
+    Args:
+        workforce: who would do the work; by default the workers of the default client, else this process.
+    """
     job = dataset.job(path, None, "keep", overwrite)
     _check_arguments(dataset, job, limit)
-    with some_client() as client:
-        job = place_on_workers(client, job)
-        tasks = sum(client.nthreads().values())
-        shards, _ = fit_to_output(dataset.shards, job)
-        return make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks)
+    if workforce is None:
+        client = found_client()
+        workforce = Workforce.here() if client is None else Workforce.of(client)
+    job = place(job, workforce.gpus)
+    shards, _ = fit_to_output(dataset.shards, job)
+    return make_plan(shards, job, cores=workforce.cores, limit=limit, tasks=workforce.tasks)
 
 
 def _check_arguments(dataset: ImageTextPairDataset, job: ShardJob, limit: int | None) -> None:

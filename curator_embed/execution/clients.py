@@ -239,13 +239,19 @@ def _version() -> str:
     return __version__
 
 
+def found_client() -> Client | None:
+    """The default client, where there is one."""
+    try:
+        found: Client = default_client()
+    except ValueError:
+        return None
+    return found
+
+
 @contextmanager
 def some_client() -> Iterator[Client]:
     """The default client where there is one, else one in-process worker for the length of the block."""
-    try:
-        found = default_client()
-    except ValueError:
-        found = None
+    found = found_client()
     if found is not None:
         yield found
         return

@@ -7,26 +7,67 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from dask.system import cpu_count
 from distributed import Client
 
 from curator_embed.errors import UsageError
+from curator_embed.execution.clients import TASKS_PER_WORKER
 from curator_embed.execution.job import ShardJob
-from curator_embed.execution.workers import ask_workers, wait_for_worker
+from curator_embed.execution.workers import ask_workers, cores_per_worker, wait_for_worker
 from curator_embed.steps import BatchStep, Decoder, Step
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Workforce:
+    """What a plan must know of the workers; they need not be there yet.
+
+    Attributes:
+        workers: how many they are.
+        cores: CPU cores that each can call its own.
+        tasks: tasks that run at a time, on all of them together.
+        gpus: asked where a model needs a device: GPUs that each sees, by its name.
+    """
+
+    workers: int
+    cores: int
+    tasks: int
+    gpus: Callable[[], Mapping[str, int]]
+
+    @classmethod
+    def of(cls, client: Client) -> Workforce:
+        """The workers that are there."""
+        wait_for_worker(client)
+        cores, threads = cores_per_worker(client), client.nthreads()
+        return cls(len(threads), cores, sum(threads.values()), lambda: ask_workers(client, _gpus))
+
+    @classmethod
+    def here(cls, workers: int = 1) -> Workforce:
+        """Workers that this machine would have, none of which is started."""
+        cores = max(1, cpu_count() // workers)
+        return cls(workers, cores, TASKS_PER_WORKER * workers, lambda: {"this machine": _gpus()})
+
+
 def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
+    """``place`` by what the workers have that are there."""
+    wait_for_worker(client)
+    return place(job, lambda: ask_workers(client, _gpus))
+
+
+def place(job: ShardJob, gpus: Callable[[], Mapping[str, int]]) -> ShardJob:
     """Choose device and decode engine from what the workers have, unless the embedders say otherwise.
+
+    Args:
+        gpus: asked where a model needs a device: GPUs that each worker sees, by its name.
 
     Raises:
         UsageError: the embedders ask for different devices or decoders, or for a device that no worker has.
     """
-    wait_for_worker(client)
-    device = _device(client, [step for step in job.steps if isinstance(step, BatchStep)])
+    device = _device(gpus, [step for step in job.steps if isinstance(step, BatchStep)])
     engine = engine_for(device, job.steps)
     steps = tuple(
         step.on_device(device).decoded_by(engine) if isinstance(step, BatchStep) else step for step in job.steps
@@ -34,7 +75,7 @@ def place_on_workers(client: Client, job: ShardJob) -> ShardJob:
     return dataclasses.replace(job, steps=steps, device=device, engine=engine)
 
 
-def _device(client: Client, embedders: Sequence[BatchStep]) -> str:
+def _device(gpus: Callable[[], Mapping[str, int]], embedders: Sequence[BatchStep]) -> str:
     if not embedders:
         return "cpu"  # nothing here has a model: torch need not even be imported
     asked = {step.device for step in embedders if step.device is not None}
@@ -43,10 +84,10 @@ def _device(client: Client, embedders: Sequence[BatchStep]) -> str:
     if asked:
         device = asked.pop()
         if device.partition(":")[0] == "cuda":
-            _check_gpu(device, ask_workers(client, _gpus))
+            _check_gpu(device, gpus())
         return device
-    seen = ask_workers(client, _gpus)
-    without = [address for address, gpus in seen.items() if not gpus]
+    seen = gpus()
+    without = [address for address, found in seen.items() if not found]
     if without and len(without) < len(seen):
         log.warning(
             "%d of %d workers see no GPU (%s, ...): the run is on the CPU. With device='cuda' those that see one "

@@ -337,6 +337,52 @@ def test_a_dry_run_writes_nothing(run: Run, source: Path, tmp_path: Path) -> Non
     assert ran.status == 0 and "images/s" in ran.out
 
 
+CLUSTERS = {
+    "none": ((), "1 worker on this machine"),
+    "workers": (("--workers", 2), "2 workers on this machine"),
+    "local": (("--cluster", "cluster: local\nworkers_per_node: 2\n"), "2 workers on this machine"),
+    "slurm": (
+        ("--cluster", "cluster: slurm\nnodes: 3\ncores_per_node: 8\nworkers_per_node: 2\nmemory_per_node: 1GB\n"
+         "walltime: '1:00:00'\n"), "6 workers of {file}, 4 cores each",
+    ),
+    "ssh": (("--cluster", "cluster: ssh\nhosts: [nowhere.invalid, other.invalid]\n"), "as this machine has"),
+    "scheduler": (("--scheduler", "tcp://nowhere.invalid:1"), "a machine like this one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CLUSTERS)
+def test_a_dry_run_starts_no_cluster_and_leaves_nothing(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whatever scheduler, job or worker were started would leave a mark."""
+    import dask
+    import psutil
+
+    options, said = CLUSTERS[kind]
+    place = tmp_path / "aside"
+    (place / "bin").mkdir(parents=True)
+    for program in ("sbatch", "ssh"):
+        (place / "bin" / program).write_text(f"#!/bin/sh\ntouch '{place}/{program} was called'\n")
+        (place / "bin" / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{place}/bin:{os.environ['PATH']}")
+    (place / "preload.py").write_text(f"open({str(place / 'a scheduler or a worker was started')!r}, 'w').close()\n")
+    if options and options[0] == "--cluster":
+        (place / "cluster.yaml").write_text(str(options[1]))
+        options = ("--cluster", str(place / "cluster.yaml"))
+    before, processes = tree(tmp_path), len(psutil.Process().children(recursive=True))
+    preload = {f"distributed.{who}.preload": [str(place / "preload.py")] for who in ("scheduler", "worker", "nanny")}
+    with dask.config.set(preload):
+        ran = run(
+            "embed", source, *QUICK, "--output", tmp_path / "new" / "out", "--log-dir", tmp_path / "logs", "--dry-run",
+            *options,
+        )  # fmt: skip
+    assert ran.status == 0, ran.err
+    assert "planned for" in ran.out and said.format(file=place / "cluster.yaml") in ran.out, ran.out
+    assert "images/s per worker" in ran.out and "rows left" in ran.out
+    assert tree(tmp_path) == before and not (tmp_path / "new").exists() and not (tmp_path / "logs").exists()
+    assert len(psutil.Process().children(recursive=True)) == processes
+
+
 def test_a_dry_run_knows_what_is_done_and_in_the_way(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("embed", source, *QUICK, "--output", out)

@@ -93,6 +93,10 @@ class ClusterConfig:
         """
         raise NotImplementedError
 
+    def cores_per_worker(self) -> int | None:
+        """CPU cores that each worker will have, as far as the file says."""
+        return None
+
     def where_to_look(self) -> str:
         """What a person should look at when workers do not come: the end of "look at ..."."""
         return "the workers' logs, and at whether the workers can reach the scheduler (firewall, network interface)"

@@ -114,6 +114,10 @@ class JobQueueConfig(ClusterConfig):
         finally:
             cluster.close()
 
+    def cores_per_worker(self) -> int:
+        """See ``ClusterConfig.cores_per_worker``."""
+        return max(1, self.cores_per_node // (self.gpus_per_node or self.workers_per_node))
+
     def where_to_look(self) -> str:
         """See ``ClusterConfig.where_to_look``."""
         logs = f"the logs in {self._log_directory()}" if self.log_directory else "the jobs' output files"

@@ -232,6 +232,10 @@ class KubernetesConfig(ClusterConfig):
             self._remove(mark)
             raise
 
+    def cores_per_worker(self) -> int:
+        """See ``ClusterConfig.cores_per_worker``."""
+        return max(1, int(self.cpu) // self._workers_of_a_pod)
+
     def where_to_look(self) -> str:
         pods = f"'kubectl {self._in_namespace}get pods -l dask.org/cluster-name={self.name}'"
         return "; ".join([pods, *self._pod_problems()])

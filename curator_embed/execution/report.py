@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from curator_embed.execution.certificate import certificate_lines
 from curator_embed.execution.job import Fault, ShardReport
 from curator_embed.pipeline.pipeline import StageClock
 
@@ -240,6 +241,7 @@ class RunReport:
         if "dali" in self.decoders:
             shares = ", ".join(f"{count:,} {name}" for name, count in self.decoders.items())
             lines.append(f"decoded by     {shares}")
+        lines += [f"certified      {line}" for line in certificate_lines(self.certificate)]
         lines += [f"note           {note}" for note in self.notes[:10]]
         hidden = len(self.notes[10:]) + self.notes_left_out
         if hidden:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
-from curator_embed.execution.certificate import certificates
+from curator_embed.execution.certificate import certificate_notes, certificates
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.driver import Driver
 from curator_embed.execution.job import FaultKind, ShardJob, ShardReport
@@ -389,6 +389,8 @@ def execute(
             overwriting.keep()
         notes = [*told, *_carried_over(job, shards), *_read_elsewhere(plan, books[0]), *plan.notes()]
         certificate = certificates(plan.job, shards) if certify else {}
+        if certify:
+            notes += certificate_notes(certificate, plan.job.steps)
         report = RunReport(settings=plan.settings, certificate=certificate)
         for note in notes:
             report.note(note)

@@ -20,6 +20,7 @@ import pytest
 from curator_embed import __version__
 from curator_embed.cli.main import app
 from curator_embed.errors import CuratorEmbedError
+from curator_embed.execution.gpus import why_no_gpu
 from curator_embed.storage.location import Location
 from curator_embed.tables.lock import OutputLock
 from tests.command import REPO, Ran, start
@@ -97,6 +98,21 @@ def test_every_option_reaches_the_run(run: Run, source: Path, tmp_path: Path) ->
     assert recipe["decoder"] == "cpu"
 
 
+def test_a_certificate_is_printed(run: Run, source: Path, tmp_path: Path) -> None:
+    """Of a run that finds everything finished, too; --json has the figures."""
+    asked = ("embed", source, *QUICK, "--output", tmp_path / "out", "--certify")
+    for _ in range(2):
+        ran = run(*asked)
+        assert ran.status == 0, ran.err
+        (line,) = [line for line in ran.out.splitlines() if line.startswith("certified")]
+        assert "image_embedding: agrees with the model's own preprocessing on 11 images: at most " in line
+        assert "grey levels apart" in line and "cosine at least " in line
+        assert "note           certify" not in ran.out
+    told = json.loads(run(*asked, "--json").out)["certificate"]["image_embedding"]
+    assert (told["holds"], told["images"]) == (True, 11)
+    assert "certified" not in run(*asked[:-1]).out
+
+
 def test_two_models_in_one_pass(run: Run, source: Path, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import save_file
@@ -169,7 +185,7 @@ def test_worker_processes(run: Run, source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "asked"),
     [(("--workers", 3), {"n_workers": 3}), (("--scheduler", "tcp://a:1"), {"scheduler_address": "tcp://a:1"}),
-     (("--gpu",), {"cluster_type": "gpu"}), ((), None), (("--workers", 1), None)],
+     ((), None), (("--workers", 1), None), *([] if why_no_gpu() else [(("--gpu",), {"cluster_type": "gpu"})])],
 )  # fmt: skip
 def test_which_client_is_asked_for(
     run: Run, source: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[Any, ...], asked: dict[str, Any] | None

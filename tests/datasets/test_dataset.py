@@ -587,7 +587,7 @@ def test_nemo_curators_example_with_its_own_model(tmp_path: Path, wheel_photos: 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_client_without_a_gpu_says_what_is_missing() -> None:
-    with pytest.raises(CuratorEmbedError, match=r"needs an NVIDIA GPU.*cluster_type='cpu'.*doctor"):
+    with pytest.raises(CuratorEmbedError, match=r"cluster_type='gpu': needs an NVIDIA GPU.*doctor.*leave it out"):
         get_client("gpu")
 
 

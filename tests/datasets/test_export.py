@@ -365,10 +365,10 @@ def test_files_of_other_origin_are_never_touched(source: Path, tmp_path: Path) -
     others = tmp_path / "others"
     others.mkdir()
     write_tar(others / "00000.tar", [("a.txt", b"mine")])
-    for folder in (source, others):
+    for folder, why in ((source, "the dataset's own folder"), (others, r"no export has written.*new folder")):
         before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
         for overwrite in (False, True):
-            with pytest.raises(UsageError, match=r"no export has written.*new folder"):
+            with pytest.raises(UsageError, match=why):
                 export(source, folder, overwrite=overwrite)
             assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
     out = tmp_path / "out"

@@ -1,38 +1,33 @@
 """The driver's loop: hands tasks to the workers that there are, takes in reports, and outlives what workers do.
 
-Workers may come, leave, die and differ while a run goes on. A shard that kills its workers is told from those that
-were merely beside it by trying it alone.
+Workers may come, leave, die and differ while a run goes on. What is decided about that is in ``blame.py`` and
+``stragglers.py``, which units are where in ``flights.py``; here it is put to Dask, logged and counted.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import secrets
 import threading
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import suppress
-from dataclasses import dataclass, field
-from statistics import median
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import assert_never
 
-from distributed import Client, Future
-from distributed.scheduler import KilledWorker, NoValidWorkerError
+from distributed import Client
 
+from curator_embed.execution.blame import Blame, Decision, EndRun, LeaveOut, LetIn, Refusal, SetAside, TryApart
+from curator_embed.execution.flights import Flight, Flights
 from curator_embed.execution.job import Fault, FaultKind, ShardReport
 from curator_embed.execution.messages import Messages
-from curator_embed.execution.planning import group_shards
 from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.worker import TaskReport, WorkerUnfit, progress_topic, run_task
-from curator_embed.execution.workers import WAIT_KEY, Workers, host, patience, scheduler_address
+from curator_embed.execution.stragglers import Stragglers, Stranded, attempts, idle_threads
+from curator_embed.execution.tasks import Died, Lost, NotGiven, Outcome, SchedulerGone, Tasks, scheduler_there
+from curator_embed.execution.work import Round, Work
+from curator_embed.execution.worker import TaskReport, WorkerUnfit, progress_topic
+from curator_embed.execution.workers import PAUSED_REMEDY, WAIT_KEY, Workers, host, patience, scheduler_address
 from curator_embed.tables.lock import OutputLock
-
-if TYPE_CHECKING:
-    from curator_embed.execution.run import RunPlan
 
 log = logging.getLogger(__name__)
 
@@ -40,61 +35,14 @@ TASKS_UNDER_WAY = 2
 """Tasks handed to Dask for each of the workers' threads: one runs, one waits."""
 LOOK_EVERY_S = 1.0
 """How often the driver looks which workers there are."""
-SLOW = 2.0
-"""A task that goes on for so many times what others took for as many shards, while threads have nothing to do, is slow.
-One of several shards gives back what it has not finished; what it still has after twice that time, and a shard that is
-alone in a slow task, is tried on another worker as well."""
-SLOW_AFTER_S = 2.0
-"""No task is slow before there has been a thread with nothing to do for so long."""
-RESULT_WITHIN_S = 60.0
-"""A finished task's reports are fetched from its worker in this time, or the worker has died with them."""
-TRIES_ALONE = 3
-"""Workers that must die over one shard while it has its machine to itself before it is set aside."""
-KILLS_IN_A_ROW = 10
-"""After so many killed tasks with no shard finished in between, and as many more as are under way at a time, no shard
-is to blame. Shards that are set aside after they were tried alone do not count: those are to blame."""
-BROKEN = 2
-"""A shard that had been begun each time when so many pipelines broke down is tried alone."""
-BREAKS_IN_A_ROW = 4
-"""After so many broken pipelines with no shard finished in between, the model is to blame."""
-
-
-PAUSED_REMEDY = (
-    "give the workers more memory (memory_limit), use a smaller batch or fewer decode threads, or change Dask's "
-    "setting distributed.worker.memory.pause"
-)
-
-
-class SchedulerGone(Exception):
-    """The scheduler has dropped this run's tasks: it died, was restarted, or cannot be reached."""
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A task that Dask has been given.
-
-    Attributes:
-        only_on: addresses it may run on; None for any.
-        alone: the trial of a single shard that has its machine to itself.
-        chance: how many chances had been given to broken workers when it was handed out.
-        began: when it was handed out, on the monotonic clock.
-    """
-
-    future: Future[TaskReport]
-    positions: tuple[int, ...]
-    only_on: frozenset[str] | None = None
-    alone: bool = False
-    chance: int = 0
-    began: float = field(default_factory=time.monotonic)
 
 
 class Driver:
     """One run's tasks, from the first to the last.
 
     Args:
-        plan: what is to be done; its open shards are worked off.
+        work: what is to be done.
         report: counted into.
-        limit: only the first so many rows.
         stop: set when the run is asked to stop.
         locks: of the output; a lost one stops the run.
     """
@@ -102,529 +50,342 @@ class Driver:
     def __init__(
         self,
         client: Client,
-        plan: RunPlan,
+        work: Work,
         report: RunReport,
-        limit: int | None,
         stop: threading.Event,
-        locks: Sequence[OutputLock],
+        locks: Sequence[OutputLock] = (),
     ) -> None:
-        self.client, self.plan, self.report, self.limit = client, plan, report, limit
+        self.client, self.work, self.report = client, work, report
         self.stop, self.locks = stop, locks
         self.run_id = secrets.token_hex(8)
         self.workers = Workers(client)
+        self.tasks = Tasks(client, self.run_id)
         self.messages = Messages(client, self.run_id, self._asked_to_stop)
-        self._waiting: deque[tuple[int, ...]] = deque()
-        self._flights: dict[str, _Flight] = {}
-        self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
-        self._suspects: deque[int] = deque()  # shards of tasks that killed or broke their workers, to be tried alone
-        self._deaths: defaultdict[int, Counter[str]] = defaultdict(Counter)  # by host, while trying this shard alone
-        self._on_paused: dict[str, float] = {}  # since when the only workers of a task have been paused
-        self._kills_in_a_row = self._most_under_way = 0
-        self._breaks: Counter[int] = Counter()  # pipelines that broke while they had this shard
-        self._breakers: set[int] = set()  # shards that broke a pipeline while they had it to themselves
-        self._broken: dict[str, set[int]] = {}  # workers that are left out because theirs did -> what they had
-        self._chance = 0  # how often broken workers were let in again
-        self._given: dict[str, int] = {}  # worker -> the chance it was let in again with
-        self._breaks_in_a_row = 0
-        self._worked = False  # some worker has finished a task
-        self._paces: deque[float] = deque(maxlen=200)  # seconds a shard of the last tasks
-        self._settled: set[int] = set()  # shards that are counted, whatever became of them
-        self._twice: set[int] = set()  # shards that were handed out a second time while the first had them
-        self._doubted: set[int] = set()  # shards that one task could not use while another had them
+        self.flights, self.blame, self.stragglers, self.stranded = Flights(), Blame(), Stragglers(), Stranded()
+        self._counted = 0  # units of this run that are in the report
         self._told_slow: set[str] = set()  # workers
-        self._idle, self._asked_idle = 0, 0.0  # threads with nothing to do, and when it was asked
-        self._idle_since: float | None = None  # since when there are threads with nothing to do
         self._told_of_absence = False
-        self._avoid: dict[int, str] = {}  # shard -> the worker that was too slow for it
+        self._idle, self._asked_idle = 0, 0.0  # threads with nothing to do, and when it was asked
 
     def run(self, show: bool) -> None:
-        """Work off the plan's open shards."""
-        for position, found in enumerate(self.plan.surveys):
-            if found.done:
-                self._add(self.plan.finished(position))
-        finished_before = self.report.read
-        todo = self.plan.todo
+        """Carry the work out; ``report`` says what became of it. Errors of the job itself are raised."""
+        for finished in self.work.finished():
+            self.report.add(finished)
+        todo, before = len(self.work.todo), self.report.read
         if not todo:
             return
-        if self._stopping():
-            self._leave(len(todo))
-            return
         self.workers.look()
-        total = self.plan.rows if self.plan.rows_known else None
+        with Progress(self.work.total, show, self.work.counts) as self.bar, self._listening(), self.messages.open():
+            if not self._work_off() or self.report.ended:
+                self.report.shards["left"] += todo - self._counted
+                self.report.stopped = self.report.shards["left"] > 0 and self._asked_to_stop()
+            # Workers tell of their images now and then; what they have not told yet is in their reports.
+            self.bar.update(self.report.read - before - self.bar.n)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """For the length of the block, workers' news move the bar; at its end, what they were is reported."""
         topic = progress_topic(self.run_id)
-        with Progress(total, show) as bar:
-            self.bar = bar
-            self.client.subscribe_topic(topic, lambda event: bar.update(event[1]["images"]))
-            try:
-                with self.messages.open():
-                    if self.limit is None:
-                        sizes = [int(self.plan.shards[p].fingerprint().get("size") or 0) for p in todo]
-                        groups = group_shards(sizes, len(self.workers.threads))
-                        self._work_off([tuple(todo[n] for n in group) for group in groups])
-                    else:
-                        self._one_by_one(todo, self.limit)
-                    # Workers tell of their images now and then; what they have not told yet is in their reports.
-                    bar.update(self.report.read - finished_before - bar.n)
-            finally:
-                with suppress(ValueError):  # a client that lost its scheduler has forgotten the topic
-                    self.client.unsubscribe_topic(topic)
-                threads = max(self.workers.threads.values(), default=1)
-                self.report.threads |= {"read": threads, "write": threads, "decode": self.plan.job.decode_threads}
-                self.report.workers = max(1, self.workers.most)
-                self.report.workers_lost = self.workers.lost
-                self.report.worker_seconds = self.workers.seconds
+        self.client.subscribe_topic(topic, lambda event: self.bar.update(event[1]["images"]))
+        try:
+            yield
+        finally:
+            with suppress(ValueError):  # a client that lost its scheduler has forgotten the topic
+                self.client.unsubscribe_topic(topic)
+            threads = max(self.workers.threads.values(), default=1)
+            self.report.threads |= {"read": threads, "write": threads, **self.work.threads}
+            self.report.workers = max(1, self.workers.most)
+            self.report.workers_lost = self.workers.lost
+            self.report.worker_seconds = self.workers.seconds
 
     # -- the loop --------------------------------------------------------------------------
 
-    def _one_by_one(self, todo: Sequence[int], limit: int) -> None:
-        """With a limit, shards are worked in order until it is reached."""
-        left = limit - self.report.read
-        for number, position in enumerate(todo):
-            if left <= 0:
-                break
-            if self._stopping() or self.report.ended:
-                self._leave(len(todo) - number)
-                break
-            rows = self.plan.surveys[position].rows
-            before = self.report.read
-            self._work_off([(position,)], None if rows is not None and rows <= left else left)
-            left -= self.report.read - before
-
-    def _work_off(self, groups: Sequence[tuple[int, ...]], limit: int | None = None) -> None:
-        """Hand out groups of shards until all are done, set aside, or the run cannot go on."""
-        self._waiting.extend(groups)
+    def _work_off(self) -> bool:
+        """Hand out the work, round by round; whether it came to its end."""
         try:
-            while self._waiting or self._flights or self._suspects:
-                self._look(LOOK_EVERY_S)
-                if self.report.ended or (self._stopping() and not (self._flights and self.workers.able)):
-                    break
-                if not self._stopping():
-                    self._hand_out(limit)
-                    self._look_after_slow(limit)
-                with suppress(queue.Empty):
-                    self._take(self._finished.get(timeout=LOOK_EVERY_S))
+            for now in self.work.rounds(len(self.workers.threads), self.report):
+                if self._stopping() or not self._run_round(now):
+                    return False
+            return True
         except SchedulerGone as error:
             self.report.ended = (
                 f"lost the Dask scheduler at {scheduler_address(self.client)} ({error}). What was finished is kept: "
                 "start the cluster again and run the same again to go on from there"
             )
+            return False
         finally:
-            begun = (flight.positions for flight in self._flights.values())
-            left = {position for positions in (*self._waiting, *begun, self._suspects) for position in positions}
-            self._leave(len(left - self._settled))
-            for flight in self._flights.values():
-                flight.future.cancel()
-            for emptied in (self._waiting, self._flights, self._suspects):
-                emptied.clear()
+            self._drop(list(self.flights.under_way))
 
-    def _look(self, every: float = 0.0) -> None:
-        """Follow the cluster: who is there now, and which tasks can no longer run where they must."""
-        try:
-            if self.client.status != "running":
-                raise SchedulerGone("the connection broke")
-            if not self.workers.look(every):
-                return
-        except OSError as error:
-            raise SchedulerGone(str(error)) from None
-        there = self.workers.threads.keys()
-        for key, flight in list(self._flights.items()):
-            if flight.only_on is not None and not flight.only_on & there:
-                del self._flights[key]
-                flight.future.cancel()
-                if flight.alone:
-                    self._left_alone(flight, 1)
-                else:
-                    self._again(flight)
-        self._watch_paused()
-        if not self.workers.fit and (broken := self._broken.keys() & there):
-            self._let_in_again(broken)
-        if self.workers.absent_since is not None:
-            self._wait_for_workers(self.workers.absent_since)
-        else:
-            self._told_of_absence = False
-
-    def _watch_paused(self) -> None:
-        """A paused worker finishes what it has begun and begins nothing: what waits for it alone is not left there."""
-        fit, now, since = self.workers.fit.keys(), time.monotonic(), self._on_paused
-        paused = [key for key, flight in self._flights.items() if flight.only_on and fit.isdisjoint(flight.only_on)]
-        self._on_paused = {key: since.get(key, now) for key in paused}
-        for key in paused:
-            flight, waited = self._flights[key], now - since.get(key, now)
-            name, where = self.plan.shards[flight.positions[0]].name, ", ".join(sorted(flight.only_on or ()))
-            if flight.alone and key not in since:
-                log.warning(
-                    "%s is tried alone on %s, which Dask has paused; waiting %.0f s for it to go on (%s)",
-                    name,
-                    where,
-                    patience(),
-                    PAUSED_REMEDY,
-                )
-            elif key in since and waited >= patience() and (flight.alone or fit):
-                del self._flights[key]
-                flight.future.cancel()
-                if flight.alone:
-                    self._died_alone(flight, 1)
-                else:
-                    log.warning("%s has waited %.0f s for %s, which Dask has paused", name, waited, where)
-                    self._again(flight)
-
-    def _wait_for_workers(self, since: float) -> None:
-        waited = time.monotonic() - since
-        what, go_on, remedy = "no worker is left for this job", "come", "start workers"
-        if self.workers.able:
-            what, go_on, remedy = "Dask has paused all workers, their memory is nearly full", "go on", PAUSED_REMEDY
-        if waited >= patience():
-            self.report.ended = (
-                f"{what} (cluster at {scheduler_address(self.client)}), and none was there to {go_on} within "
-                f"{patience():.0f} s. What was finished is kept: {remedy}, and run the same again to go on from there, "
-                f"or wait longer with Dask's setting {WAIT_KEY}"
-            )
-            return
-        if not self._told_of_absence:
-            self._told_of_absence = True
-            log.warning("%s; waiting %.0f s for one to %s (%s)", what, patience(), go_on, remedy)
-        self.bar.set_postfix_str(f"{what}, waiting {waited:.0f} of {patience():.0f} s")
-
-    def _hand_out(self, limit: int | None) -> None:
-        """Keep as much under way as the workers that are there can use; what killed workers waits for the end."""
-        fit, restriction = self.workers.fit, self.workers.restriction
-        if not fit and self.workers.threads:
-            return  # those that are there cannot do this job, or not now
-        # Even without workers some tasks wait: they are what makes an adaptive cluster start one.
-        while self._waiting and len(self._flights) < max(2, TASKS_UNDER_WAY * sum(fit.values())):
-            positions = self._waiting.popleft()
-            quicker = frozenset(fit) - {self._avoid.get(positions[0], "")}
-            self._submit(positions, limit, quicker if 0 < len(quicker) < len(fit) else restriction)
-        if not self._suspects or self._waiting or not all(flight.alone for flight in self._flights.values()):
-            return
-        self._look()  # a shard must not be blamed for a worker that was dead before it came
-        busy = {host(address) for flight in self._flights.values() for address in flight.only_on or ()}
-        hosts = self.workers.one_a_host()
-        for free, address in hosts.items():
-            # A machine may kill whatever it works on: where a shard's worker died is not asked twice before all others.
-            suspect = next(
-                (p for p in self._suspects if not self._deaths[p][free] or hosts.keys() <= self._deaths[p].keys()), None
-            )
-            if suspect is not None and free not in busy:
-                self._suspects.remove(suspect)
-                self._submit((suspect,), limit, frozenset([address]), alone=True)
-
-    def _look_after_slow(self, limit: int | None) -> None:
-        """While threads have nothing to do: ask slow tasks for what they have, and give it to others."""
-        now = time.monotonic()
-        idle = 0 if self._waiting else self._idle_threads()
-        if idle <= 0:
-            self._idle_since = None
-            return
-        self._idle_since = self._idle_since or now
-        if len(self.workers.fit) < 2 or not self._paces:
-            return
-        usual, slow, stuck = median(self._paces), [], []
-        for key, flight in self._flights.items():
-            # While threads have nothing to do, a task that waits does so on a worker that answers nobody: else Dask
-            # would have moved it.
-            waited, several = now - max(self._idle_since, flight.began), len(flight.positions) > 1
-            patient = max(SLOW_AFTER_S, SLOW * usual * len(flight.positions))
-            if several and waited > patient:
-                slow.append(key)
-            if not flight.alone and waited > patient * (1 + several):
-                stuck.append(key)
-        if slow:
-            self.messages.ask_back(slow)
-        if stuck:
-            self._try_elsewhere(stuck, idle, limit)
-
-    def _idle_threads(self) -> int:
-        """Threads with nothing to do: of a worker that hangs, tasks wait for threads while others have none."""
-        fit = self.workers.fit
-        if len(self._flights) < sum(fit.values()):
-            return sum(fit.values()) - len(self._flights)
-        if time.monotonic() - self._asked_idle >= LOOK_EVERY_S:
-            self._asked_idle, places = time.monotonic(), self._places()
-            self._idle = sum(max(0, count - len(places.get(address, ()))) for address, count in fit.items())
-        return self._idle
-
-    def _places(self) -> Mapping[str, Sequence[str]]:
-        """The tasks of every worker, those that wait there, too."""
-        try:
-            places: Mapping[str, Sequence[str]] = self.client.processing()
-        except OSError as error:
-            raise SchedulerGone(str(error)) from None
-        return places
-
-    def _try_elsewhere(self, tasks: Sequence[str], most: int, limit: int | None) -> None:
-        """Hand out shards of tasks that hang a second time, to other workers; who is first with a shard wins.
-
-        Both make the same file, and who is second finds that out when it writes (``ShardRun.finish``).
-        """
-        held = Counter(position for flight in self._flights.values() for position in flight.positions)
-        undone = {
-            key: [p for p in self._flights[key].positions if held[p] == 1 and p not in self._settled] for key in tasks
-        }
-        if not any(undone.values()):
-            return
-        places, fit = self._places(), self.workers.fit.keys()
-        for key, positions in undone.items():
-            there = {address for address, keys in places.items() if key in keys}
-            hosts = set(map(host, there))
-            others = {a for a in fit if host(a) not in hosts} or fit - there  # a machine's other workers hang with it
-            if not there or not others:
-                continue
-            for position in positions[: max(0, most)]:
-                new = not there <= self._told_slow
-                self._told_slow |= there
-                name, place = self.plan.shards[position].name, ", ".join(there)
-                log.log(
-                    logging.WARNING if new else logging.INFO, "%s takes long on %s; trying it elsewhere", name, place
-                )
-                self._twice.add(position)
-                self._submit((position,), limit, frozenset(others))
-                most -= 1
-
-    def _submit(
-        self, positions: tuple[int, ...], limit: int | None, only_on: frozenset[str] | None, alone: bool = False
-    ) -> None:
-        shards = [self.plan.shards[p] for p in positions]
-        where = sorted(only_on) if only_on is not None else None
-        try:
-            future = self.client.submit(
-                run_task, shards, self.plan.job, self.run_id, limit, self._chance, pure=False, workers=where
-            )
-        except RuntimeError as error:  # a closed client
-            self._waiting.append(positions)
-            raise SchedulerGone(str(error)) from None
-        self._flights[str(future.key)] = _Flight(future, positions, only_on, alone, self._chance)
-        self._most_under_way = max(self._most_under_way, len(self._flights))
-        future.add_done_callback(self._finished.put)
-
-    def _leave(self, shards: int) -> None:
-        """Count shards that were not begun."""
-        self.report.shards["left"] += shards
-        self.report.stopped = self.report.shards["left"] > 0 and self._asked_to_stop()
+    def _run_round(self, now: Round) -> bool:
+        """Hand out groups of units until all are settled; whether they are."""
+        self.flights.add(now.groups)
+        while self.flights.waiting or self.flights.under_way or self.blame.suspects:
+            self._look(LOOK_EVERY_S)
+            if self.report.ended or (self._stopping() and not (self.flights.under_way and self.workers.able)):
+                return False
+            if not self._stopping():
+                self._hand_out(now)
+                self._look_after_slow(now)
+            if (found := self.tasks.next(LOOK_EVERY_S)) is not None:
+                self._take(*found)
+        return not self.report.ended
 
     def _stopping(self) -> bool:
-        raising = self.plan.job.on_error == "raise" and bool(self.report.faults)
-        return raising or self._asked_to_stop()
+        return (self.work.stop_at_fault and bool(self.report.faults)) or self._asked_to_stop()
 
     def _asked_to_stop(self) -> bool:
         return self.stop.is_set() or any(lock.lost.is_set() for lock in self.locks)
 
+    def _look(self, every: float = 0.0) -> None:
+        """Follow the cluster: who is there now, and which tasks can no longer run where they must."""
+        with scheduler_there():
+            if self.client.status != "running":
+                raise SchedulerGone("the connection broke")
+            if not self.workers.look(every):
+                return
+        there = self.workers.threads.keys()
+        for key, flight in list(self.flights.under_way.items()):
+            gone = flight.only_on is not None and flight.only_on.isdisjoint(there)
+            if gone and not self.tasks.over(key):
+                self._drop([key])
+                self._nobody_left(flight, deaths=1)
+        self._look_after_stranded()
+        if not self.workers.fit:
+            self._carry_out(self.blame.nobody_fit(there))
+        self._look_after_absence()
+
+    def _look_after_stranded(self) -> None:
+        fit, wait = self.workers.fit, patience()
+        new, over = self.stranded.look(time.monotonic(), self.flights.under_way, fit, wait)
+        told = "%s is tried alone on %s, which Dask has paused; waiting %.0f s for it to go on (%s)"
+        for key in new:
+            log.warning(told, *self._name_and_place(self.flights.under_way[key]), wait, PAUSED_REMEDY)
+        for key in (key for key in over if not self.tasks.over(key)):
+            flight = self.flights.under_way[key]
+            self._drop([key])
+            if flight.alone:
+                self._died_alone(flight, deaths=1)
+            else:
+                log.warning("%s has waited %.0f s for %s, which Dask has paused", *self._name_and_place(flight, wait))
+                self.flights.put_back(flight)
+
+    def _name_and_place(self, flight: Flight, *between: float) -> tuple[str | float, ...]:
+        return (self.work.units[flight.positions[0]].name, *between, ", ".join(sorted(flight.only_on or ())))
+
+    def _look_after_absence(self) -> None:
+        absence, wait = self.workers.absence(), patience()
+        if absence is None:
+            self._told_of_absence = False
+        elif absence.waited >= wait:
+            self.report.ended = (
+                f"{absence.what} (cluster at {scheduler_address(self.client)}), and none was there to {absence.go_on} "
+                f"within {wait:.0f} s. What was finished is kept: {absence.remedy}, and run the same again to go on "
+                f"from there, or wait longer with Dask's setting {WAIT_KEY}"
+            )
+        else:
+            if not self._told_of_absence:
+                told = "%s; waiting %.0f s for one to %s (%s)"
+                log.warning(told, absence.what, wait, absence.go_on, absence.remedy)
+            self._told_of_absence = True
+            self.bar.set_postfix_str(f"{absence.what}, waiting {absence.waited:.0f} of {wait:.0f} s")
+
+    # -- handing out -----------------------------------------------------------------------
+
+    def _hand_out(self, now: Round) -> None:
+        """Keep as much under way as the workers that are there can use; what killed workers waits for the end."""
+        fit, flights = self.workers.fit, self.flights
+        if not fit and self.workers.threads:
+            return  # those that are there cannot do this job, or not now
+        # Even without workers some tasks wait: they are what makes an adaptive cluster start one.
+        while flights.waiting and len(flights.under_way) < max(2, TASKS_UNDER_WAY * sum(fit.values())):
+            positions = flights.waiting.popleft()
+            self._submit(now, positions, self.stragglers.quicker(positions, fit) or self.workers.restriction)
+        if not self.blame.suspects or flights.waiting or not all(f.alone for f in flights.under_way.values()):
+            return
+        self._look()  # a unit must not be blamed for a worker that was dead before it came
+        busy = {host(address) for flight in flights.under_way.values() for address in flight.only_on or ()}
+        for position, address in self.blame.trials(self.workers.one_a_host(), busy):
+            self._submit(now, (position,), frozenset([address]), alone=True)
+
+    def _look_after_slow(self, now: Round) -> None:
+        """While threads have nothing to do: ask slow tasks for what they have, and give it to others."""
+        idle, fit = 0 if self.flights.waiting else self._idle_threads(), self.workers.fit
+        slow = self.stragglers.look(time.monotonic(), self.flights.under_way, idle, len(fit), patience())
+        if slow.ask_back:
+            self.messages.ask_back(slow.ask_back)
+        for key in (*slow.hopeless, *self.flights.lost(slow.stuck)):
+            self._give_up(key)
+        undone = self.flights.undone(slow.stuck)
+        for attempt in attempts(undone, self.tasks.places(), fit, idle, host) if undone else ():
+            new = not attempt.slow_on <= self._told_slow
+            self._told_slow |= attempt.slow_on
+            name, place = self.work.units[attempt.position].name, ", ".join(attempt.slow_on)
+            log.log(logging.WARNING if new else logging.INFO, "%s takes long on %s; trying it elsewhere", name, place)
+            self._submit(now, (attempt.position,), attempt.only_on)
+
+    def _give_up(self, key: str) -> None:
+        """A task hangs, and nobody else can do what it has."""
+        flight = self.flights.under_way[key]
+        self._drop([key])
+        self.messages.ask_back([key])
+        if flight.alone:
+            self._died_alone(flight, deaths=1)
+        else:
+            self.blame.suspects.extend(self.flights.unfinished(flight))
+
+    def _idle_threads(self) -> int:
+        fit, under_way = self.workers.fit, len(self.flights.under_way)
+        if under_way < sum(fit.values()):
+            return sum(fit.values()) - under_way
+        if time.monotonic() - self._asked_idle >= LOOK_EVERY_S:
+            self._asked_idle, self._idle = time.monotonic(), idle_threads(fit, self.tasks.places())
+        return self._idle
+
+    def _submit(
+        self, now: Round, positions: tuple[int, ...], only_on: frozenset[str] | None, alone: bool = False
+    ) -> None:
+        given = [self.work.given(position, only_on) for position in positions]
+        key = self.tasks.submit([self.work.units[p] for p in positions], given, now.job, self.blame.chance, only_on)
+        self.flights.begin(key, Flight(positions, time.monotonic(), only_on, alone, self.blame.chance))
+
+    def _drop(self, keys: Iterable[str]) -> None:
+        """Nobody needs these tasks any more."""
+        for key in keys:
+            self.flights.end(key)
+            self.tasks.drop([key])
+
     # -- what comes back -------------------------------------------------------------------
 
-    def _take(self, future: Future[TaskReport]) -> None:
-        """Count a finished task, or find out why it did not finish."""
-        flight = self._flights.get(str(future.key))
-        if flight is None:
-            return  # cancelled by us
-        if future.status == "cancelled":
-            raise SchedulerGone("it went away or was restarted")
-        del self._flights[str(future.key)]
-        if future.status == "error":
-            error = future.exception()
-            if isinstance(error, KilledWorker):
-                self._after_deaths(flight, error.allowed_failures + 1)
-            elif isinstance(error, WorkerUnfit):
-                self._after_refusal(flight, error)
-            elif isinstance(error, NoValidWorkerError):  # the scheduler's patience is set to less than ours
+    def _take(self, key: str, outcome: Outcome) -> None:
+        """Count a task that is over, or see to its not having finished."""
+        flight = self.flights.end(key)
+        assert flight is not None
+        match outcome:
+            case TaskReport():
+                self._count(flight, outcome)
+            case Died(deaths):
+                self._died(flight, deaths)
+            case WorkerUnfit():
+                self._refused(flight, outcome)
+            case NotGiven(failed):
+                for number, why in failed.items():
+                    what = f"what it is made from could not be computed ({why}). Run again to retry it"
+                    self._carry_out([SetAside(flight.positions[number], FaultKind.UNUSABLE, what)])
                 self._again(flight)
-            else:
-                assert error is not None
-                raise error.with_traceback(future.traceback())
-            return
-        try:
-            task = future.result(timeout=RESULT_WITHIN_S)
-        except (CancelledError, OSError):
-            # The worker, or the scheduler, died with the reports; finished shards are found done.
-            self._again(flight)
-        else:
-            self._count(flight, task)
-        finally:
-            future.release()
+            case Lost():
+                self._again(flight)
 
-    def _count(self, flight: _Flight, task: TaskReport) -> None:
-        done = 0
-        for position, report in zip(flight.positions, task.shards, strict=True):
-            if report is None or position in self._settled:
-                continue
-            if report.fault and position not in self._doubted and self._is_elsewhere(position):
-                self._doubted.add(position)  # it may be the machine's fault: the other try decides, or a third one
+    def _count(self, flight: Flight, task: TaskReport) -> None:
+        counted = self.flights.take_in(flight, task.units)
+        for position, report in counted:
+            if report.held:
+                self.report.add_load(report)
+                self.work.hold(position, report)
                 continue
             # Not done when the run began, done when it came to it: a worker of this run finished it and died.
             report.skipped = False
             self._add(report)
-            self._settled.add(position)
-            done += 1
-        if done:
-            self._worked, self._kills_in_a_row, self._breaks_in_a_row = True, 0, 0
-            self.workers.have_worked()
-            self._paces.append(task.seconds / done)
-            self._call_off(flight.positions)
-        rest = self._only_here(flight)
-        if rest and self._stopping():
-            self._leave(len(rest))
-        elif rest:  # the task was slow: one by one, to others
-            self._waiting.extend((position,) for position in rest)
-            self._avoid.update(dict.fromkeys(rest, task.worker))
         self.bar.set_postfix(failed=self.report.failed)
+        if counted:
+            self.blame.finished()
+            self.workers.have_worked()
+            self.stragglers.finished(task.seconds, len(counted))
+            self._call_off(flight.positions)
+        if rest := self.flights.unfinished(flight):  # the task was slow, or the run is to stop
+            log.debug("%d shards came back from %s unfinished", len(rest), task.worker)
+            self.flights.put_back_apart(rest)
+            self.stragglers.gave_back(rest, task.worker)
 
     def _call_off(self, positions: Sequence[int]) -> None:
-        """Nobody needs the other tasks that have only shards of these, all of which are finished."""
-        if self._twice.isdisjoint(positions):
-            return
-        for key, flight in list(self._flights.items()):
-            if self._settled.issuperset(flight.positions):
-                del self._flights[key]
-                flight.future.cancel()
-                self.messages.ask_back([key])  # Dask lets it run to its end
+        if needless := self.flights.needless(positions):
+            self._drop(needless)
+            self.messages.ask_back(needless)
 
-    def _only_here(self, flight: _Flight) -> list[int]:
-        """Shards of a task that is over which are not finished and which no other task has."""
-        return [
-            position
-            for position in flight.positions
-            if position not in self._settled and not self._is_elsewhere(position)
-        ]
+    def _add(self, report: ShardReport) -> None:
+        self.report.add(report)
+        self._counted += 1
 
-    def _is_elsewhere(self, position: int) -> bool:
-        """Whether a task that is under way has this shard."""
-        return position in self._twice and any(position in flight.positions for flight in self._flights.values())
-
-    def _add(self, shard: ShardReport) -> None:
-        """Count a shard. With ``on_error="raise"`` the failed rows of an earlier run count as this one's would."""
-        if self.plan.job.on_error == "raise" and shard.skipped and shard.failed:
-            shard.fault = Fault(
-                FaultKind.FAILED_ROWS,
-                f"{shard.shard}: {shard.failed} of {shard.read} rows failed in the run that finished this shard; use "
-                "on_error='keep' or on_error='drop' to go on without them",
-            )
-        self.report.add(shard)
-
-    def _again(self, flight: _Flight) -> None:
-        """Put a task's shards where they came from."""
-        if flight.alone:
-            self._suspects.appendleft(flight.positions[0])
-        elif left := self._only_here(flight):
-            self._waiting.appendleft(tuple(left))
+    def _again(self, flight: Flight) -> None:
+        """Put a task's units where they came from."""
+        if not flight.alone:
+            self.flights.put_back(flight)
+        elif self.flights.unfinished(flight):
+            self.blame.untried(flight.positions[0])
 
     # -- workers that die or cannot do the job ---------------------------------------------
 
-    def _after_deaths(self, flight: _Flight, deaths: int) -> None:
+    def _died(self, flight: Flight, deaths: int) -> None:
         """Dask gave a task up because its workers died; it counts every task that was on them, guilty or not."""
         if flight.alone:
-            self._left_alone(flight, deaths)
+            self._nobody_left(flight, deaths)
             return
-        suspects = self._only_here(flight)
-        if suspects and not self._suspects:
+        self.flights.fail(flight)
+        suspects = self.flights.unfinished(flight)
+        if suspects and not self.blame.suspects:
             log.warning("workers died; the shards that were on them are tried once more, each alone, at the end")
-        self._suspects.extend(suspects)
-        self._count_kill()
+        self._carry_out(self.blame.died(suspects, self.flights.most))
 
-    def _left_alone(self, flight: _Flight, deaths: int) -> None:
-        """The worker went while a shard had its machine to itself; was it the shard?"""
-        try:
+    def _nobody_left(self, flight: Flight, deaths: int) -> None:
+        """The workers that a task was restricted to are gone; was it the task?"""
+        with scheduler_there():
             retired = any(map(self.workers.retired, flight.only_on or ()))
-        except OSError as error:
-            raise SchedulerGone(str(error)) from None
         if retired:
             self._again(flight)
-        else:
+        elif flight.alone:
             self._died_alone(flight, deaths)
+        elif self.blame.gone(flight.positions):
+            self._died(flight, deaths)
+        else:
+            self._again(flight)
 
-    def _died_alone(self, flight: _Flight, deaths: int) -> None:
-        """A shard had its machine to itself and the worker died: a few times, and it is set aside."""
-        [position] = flight.positions
-        self._deaths[position].update({host(address): deaths for address in flight.only_on or ()})
-        if self._deaths[position].total() < TRIES_ALONE:
-            self._suspects.appendleft(position)
-            return
-        self._set_aside(
-            position,
-            FaultKind.KILLS_WORKERS,
-            f"{self._deaths[position].total()} workers that had nothing but this shard to work on died, left or stayed "
-            "paused. Look at the workers' logs (out of memory?); run again to retry it",
-        )
+    def _died_alone(self, flight: Flight, deaths: int) -> None:
+        self._carry_out(self.blame.died_alone(flight.positions[0], map(host, flight.only_on or ()), deaths))
 
-    def _set_aside(self, position: int, kind: FaultKind, why: str) -> None:
-        shard = self.plan.shards[position]
-        self._settled.add(position)
-        self.report.add(ShardReport(shard.name, fault=Fault(kind, f"{shard.image_source() or shard.name}: {why}")))
-
-    def _count_kill(self) -> None:
-        self._kills_in_a_row += 1
-        if self._kills_in_a_row >= KILLS_IN_A_ROW + self._most_under_way:
-            self.report.ended = (
-                f"workers die whatever they work on: {self._kills_in_a_row} tasks in a row killed every worker that "
-                "tried them. Look at the workers' logs; they may need more memory (memory_limit), smaller batches or "
-                "fewer decode threads. What was finished is kept; run again to go on from there"
-            )
-
-    def _after_refusal(self, flight: _Flight, error: WorkerUnfit) -> None:
+    def _refused(self, flight: Flight, error: WorkerUnfit) -> None:
         """Leave a worker out that cannot do this job; what none can do is the job's own error."""
-        # A word from before it was let in again is no news of the worker.
-        if error.address not in self.workers.unfit and flight.chance >= self._given.get(error.address, 0):
-            self.workers.unfit[error.address] = str(error.cause)
-            if error.had_begun:
-                self._broken[error.address] = set()
-                self._breaks_in_a_row += not flight.alone
+        refusal = Refusal(error.address, error.host, f"{type(error.cause).__name__}: {error.cause}", error.had_begun)
+        first = error.had_begun and not self.blame.broke_before
+        if error.had_begun:
+            self.flights.fail(flight)
+        decisions = self.blame.refused(
+            refusal,
+            flight.positions,
+            self.flights.unfinished(flight),
+            self.workers.fit,
+            chance=flight.chance,
+            alone=flight.alone,
+            left_out=error.address in self.workers.unfit,
+        )
+        if any(isinstance(decision, LeaveOut) for decision in decisions):
             what = "its shards are tried once more" if error.had_begun else "the others went on without it"
             self.report.note(f"{error}; {what}")
-            log.warning("%s; %s", error, what, exc_info=error.cause if error.had_begun and not self._breaks else None)
+            log.warning("%s; %s", error, what, exc_info=error.cause if first else None)
+        self._carry_out(decisions)
         if not error.had_begun:
             self._again(flight)
-        elif flight.alone:
-            self._broke_alone(flight.positions[0], error)
-        else:
-            self._after_break(flight, error)
         self._look()
         if self.workers.able or self.report.ended:
             return
-        if self._breaks and not self._worked:
-            self.report.ended = self._model_breaks(error)
-        elif not self._worked:
+        if self.blame.hopeless:
             raise error.cause
+        if (end := self.blame.nobody_able(refusal)) is not None:
+            self._carry_out([end])
 
-    def _after_break(self, flight: _Flight, error: WorkerUnfit) -> None:
-        """A pipeline broke down: the worker may be to blame, the model, or any shard that was in it."""
-        self._broken.setdefault(error.address, set()).update(flight.positions)
-        self._breaks.update(flight.positions)
-        for position in self._only_here(flight):
-            if self._breaks[position] < BROKEN:
-                self._waiting.append((position,))  # by itself, so that fewer are beside it if it breaks the next one
-            else:
-                self._suspects.append(position)
-        if self._breaks_in_a_row >= BREAKS_IN_A_ROW:
-            self.report.ended = self._model_breaks(error)
-
-    def _broke_alone(self, position: int, error: WorkerUnfit) -> None:
-        """A shard had its machine to itself and the pipeline broke down, as others had before."""
-        self._broken.setdefault(error.address, set()).add(position)
-        if position not in self._breakers and self.workers.fit:  # that worker may break on everything: try another
-            self._breakers.add(position)
-            self._suspects.appendleft(position)
-            return
-        self._set_aside(
-            position,
-            FaultKind.BREAKS_MODEL,
-            f"what it holds breaks the model down, also with nothing beside it ({_text(error.cause)}). Look at its "
-            "images, or at the model; run again to retry it",
-        )
-        self._let_in_again([address for address, had in self._broken.items() if position in had])
-
-    def _let_in_again(self, addresses: Iterable[str]) -> None:
-        """Workers whose pipelines broke may build new ones: something else was to blame, or nobody else is there."""
-        self._chance += 1
-        for address in addresses:
-            self._broken.pop(address, None)
-            self._given[address] = self._chance
-            self.workers.let_in_again(address)
-
-    def _model_breaks(self, error: WorkerUnfit) -> str:
-        return (
-            "the model breaks down whatever it works on, on every worker that was tried, the last time on "
-            f"{error.host} ({_text(error.cause)}). Look at the model and at the log. What was finished is kept; run "
-            "again to go on from there"
-        )
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    def _carry_out(self, decisions: Iterable[Decision]) -> None:
+        for decision in decisions:
+            match decision:
+                case TryApart(positions):
+                    self.flights.put_back_apart(positions)
+                case SetAside(position, kind, why):
+                    self.flights.settle(position)
+                    fault = Fault(kind, f"{self.work.place(position)}: {why}")
+                    self._add(ShardReport(self.work.units[position].name, fault=fault))
+                    self._call_off([position])
+                case LeaveOut(address, why):
+                    self.workers.unfit[address] = why
+                case LetIn(addresses):
+                    self.workers.let_in_again(addresses)
+                case EndRun(why):
+                    self.report.ended = why
+                case _:
+                    assert_never(decision)

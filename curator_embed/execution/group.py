@@ -5,18 +5,15 @@ Faults become reports here: a shard that cannot be used never costs its neighbou
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
-from curator_embed.execution.job import FailedRows, Fault, FaultKind, ShardJob, ShardReport
+from curator_embed.errors import StepError
+from curator_embed.execution.job import ShardJob, ShardReport, fault_of
 from curator_embed.execution.shard_run import ShardRun
 from curator_embed.pipeline.pipeline import Pipeline
 from curator_embed.sources.shard import Shard
-
-log = logging.getLogger(__name__)
 
 MAX_OPEN_SHARDS = 8
 """Shards of one group that may wait for the model at a time; groups hold small shards only."""
@@ -45,7 +42,8 @@ def run_group(
             the rest is somebody else's, begun or not.
 
     Returns:
-        As many entries as shards: a report each, None for those that were not worked on.
+        As many entries as shards: a report each, None for those that were not worked on. A shard of which not one row
+        was embedded is not written and reported as held, with its rows, unless ``job.write_unreadable``.
     """
     reports: list[ShardReport | None] = [None] * len(shards)
     waiting: deque[tuple[int, ShardRun]] = deque()
@@ -85,33 +83,13 @@ def run_group(
 
 @contextmanager
 def _reporting(number: int, run: ShardRun, reports: list[ShardReport | None], pipeline: Pipeline) -> Iterator[None]:
-    """Turn what is wrong with a shard into its report; what broke the pipeline belongs to no shard."""
-    try:
-        with _naming(run.shard, pipeline):
-            yield
-    except (SourceError, UsageError) as error:
-        if error is pipeline.fault:
-            raise
-        kind = FaultKind.FAILED_ROWS if isinstance(error, FailedRows) else FaultKind.UNUSABLE
-        reports[number] = ShardReport(run.shard.name, fault=Fault(kind, str(error)), notes=run.report.notes)
-
-
-@contextmanager
-def _naming(shard: Shard, pipeline: Pipeline) -> Iterator[None]:
-    """Say which shard an unexpected error belongs to."""
+    """Turn what is wrong with a shard into its report; what broke the pipeline belongs to no shard, and what a
+    step does wrong neither."""
     try:
         yield
-    except (CuratorEmbedError, KeyboardInterrupt):
-        raise
     except Exception as error:
-        if error is pipeline.fault:
+        if error is pipeline.fault or isinstance(error, StepError):
             raise
-        path = shard.image_source() or shard.table_path() or shard.name
-        if isinstance(error, OSError):
-            raise SourceError(path, f"cannot be read ({error})", "Check that it exists and may be read") from error
-        log.warning("%s: unexpected error", path, exc_info=error)
-        raise SourceError(
-            path,
-            f"could not be worked on ({type(error).__name__}: {error})",
-            "The log has the details; the other shards are not affected",
-        ) from error
+        path = run.shard.image_source() or run.shard.table_path() or run.shard.name
+        fault, notes = fault_of(error, path), run.report.notes
+        reports[number] = ShardReport(run.shard.name, read=run.report.read, fault=fault, notes=notes)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal
 
-from curator_embed.errors import CuratorEmbedError, UsageError
+from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
 from curator_embed.sources.shard import Note, Shard
 from curator_embed.steps import Step
 from curator_embed.tables.provenance import Footer, counted
+
+log = logging.getLogger(__name__)
 
 OnError = Literal["keep", "drop", "raise"]
 
@@ -54,7 +57,7 @@ class ShardJob:
     not_needed: frozenset[int] = frozenset()
     state: str | None = None
     dimensions: Mapping[str, int] = field(default_factory=dict)
-    write_unreadable: bool = True  # until the driver hands such shards out again: then False
+    write_unreadable: bool = False
 
     @cached_property
     def recipes(self) -> tuple[dict[str, Any], ...]:
@@ -89,6 +92,7 @@ class FaultKind(StrEnum):
     """Why a shard was set aside."""
 
     UNUSABLE = "unusable"  # its files cannot be used, or an error met it that nobody expected
+    NOTHING_READABLE = "nothing_readable"  # not one row was embedded: nothing is written until it is known why
     FAILED_ROWS = "failed_rows"  # none of the shard's: ``on_error="raise"`` met rows that failed
     KILLS_WORKERS = "kills_workers"  # workers that had nothing else to work on died
     BREAKS_MODEL = "breaks_model"  # the model breaks down over it, also with nothing beside it
@@ -103,6 +107,31 @@ class Fault:
 
     def __str__(self) -> str:
         return self.message
+
+
+def fault_of(error: Exception, path: str) -> Fault:
+    """What an exception says of the shard that it met; one that nobody expected is logged, and told with where it was.
+
+    Args:
+        path: of the shard.
+    """
+    if isinstance(error, NothingReadable):
+        return Fault(FaultKind.NOTHING_READABLE, str(error))
+    if isinstance(error, FailedRows):
+        return Fault(FaultKind.FAILED_ROWS, str(error))
+    if isinstance(error, SourceError | UsageError):
+        return Fault(FaultKind.UNUSABLE, str(error))
+    if isinstance(error, CuratorEmbedError):
+        return Fault(FaultKind.UNUSABLE, f"{path}: {error}")
+    if isinstance(error, OSError):
+        known = SourceError(path, f"cannot be read ({error})", "Check that it exists and may be read")
+        return Fault(FaultKind.UNUSABLE, str(known))
+    log.warning("%s: unexpected error", path, exc_info=error)
+    return Fault(
+        FaultKind.UNUSABLE,
+        f"{path}: could not be worked on ({type(error).__name__}: {error}). The log has the details; the other shards "
+        "are not affected",
+    )
 
 
 @dataclass
@@ -141,6 +170,13 @@ class ShardReport:
         self.read, self.embedded = counts.get("read", 0), counts.get("embedded", 0)
         self.failed, self.no_image = counts.get("failed", 0), counts.get("no_image", 0)
         self.reasons = dict(counts.get("reasons", {}))
+
+    @property
+    def held(self) -> bool:
+        """Rows failed and none was embedded (``NothingReadable``): nothing was written, and what becomes of the shard
+        is decided when the others are through.
+        """
+        return self.fault is not None and self.fault.kind is FaultKind.NOTHING_READABLE
 
     def counts(self) -> dict[str, Any]:
         """The part that is stored in the footer, so that a resumed run can account for this shard."""

@@ -23,11 +23,14 @@ class Progress:
     Args:
         total: images in all, None where not known.
         show: somebody wants to see it.
+        counts: what is counted, where it is not images.
     """
 
-    def __init__(self, total: int | None, show: bool) -> None:
+    def __init__(self, total: int | None, show: bool, counts: str = "images") -> None:
         drawn = show and _can_draw()
-        self._bar: Any = tqdm(total=total, unit="img", disable=not drawn, smoothing=0.1, dynamic_ncols=True)
+        self._counts = counts
+        unit = "img" if counts == "images" else counts
+        self._bar: Any = tqdm(total=total, unit=unit, disable=not drawn, smoothing=0.1, dynamic_ncols=True)
         self._level = logging.INFO if show and not drawn else logging.DEBUG
         self._total, self._failed = total, 0
         self._began = self._told = time.monotonic()
@@ -58,7 +61,7 @@ class Progress:
             of = f" of {self._total:,} ({self.n / self._total:.0%})"
             missing = max(0, self._total - self.n)  # images of shards that are tried twice count twice on the way
             left = f", {tqdm.format_interval(missing / rate)} left" if rate else ""
-        return f"{self.n:,}{of} images, {self._failed:,} failed, {rate:,.1f} images/s{left}"
+        return f"{self.n:,}{of} {self._counts}, {self._failed:,} failed, {rate:,.1f} {self._counts}/s{left}"
 
     def __enter__(self) -> Self:
         return self

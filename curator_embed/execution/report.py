@@ -113,6 +113,10 @@ class RunReport:
         self._note_all(f"{shard.shard}: {text}" for text in shard.exceptions)
         for key, reason in shard.examples[: max(0, 10 - len(self.examples))]:
             self.examples.append((shard.shard, key, reason))
+        self.add_load(shard)
+
+    def add_load(self, shard: ShardReport) -> None:
+        """Count where the time went that the work on a shard took, whatever became of it."""
         for stage, seconds in shard.seconds.items():
             self.time[stage] += seconds
         for queue, figures in shard.queues.items():

@@ -27,6 +27,7 @@ from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
 from curator_embed.execution.certificate import certificate_notes, certificates
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.driver import Driver
+from curator_embed.execution.embedding import EmbeddingWork
 from curator_embed.execution.job import FaultKind, ShardJob, ShardReport
 from curator_embed.execution.placing import place_on_workers
 from curator_embed.execution.report import RunReport
@@ -398,7 +399,7 @@ def execute(
         report.output = redact(job.output or job.target(shards[0]).rpartition("/")[0])
         started = time.perf_counter()
         with _stop_requests() as stop:
-            Driver(client, plan, report, limit, stop, locks).run(progress)
+            Driver(client, _work(plan, limit), report, stop, locks).run(progress)
         report.wall_seconds = time.perf_counter() - started
         lost = next((lock for lock in locks if lock.lost.is_set()), None)
         if lost is not None and report.shards["left"]:
@@ -417,6 +418,20 @@ def execute(
         if afterwards is not None:
             afterwards(plan.job)
     return report, plan
+
+
+def _work(plan: RunPlan, limit: int | None) -> EmbeddingWork:
+    """The plan's open shards as work for a driver."""
+    done = [position for position, found in enumerate(plan.surveys) if found.done]
+    return EmbeddingWork(
+        plan.shards,
+        plan.job,
+        todo=plan.todo,
+        finished=map(plan.finished, done),
+        total=plan.rows if plan.rows_known else None,
+        limit=limit,
+        rows={} if limit is None else {position: plan.surveys[position].rows for position in plan.todo},
+    )
 
 
 def _asked(job: ShardJob, limit: int | None) -> dict[str, Any]:

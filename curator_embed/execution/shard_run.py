@@ -330,7 +330,7 @@ class ShardRun:
         if self.todo and not report.embedded and not self.job.write_unreadable:
             raise NothingReadable(
                 f"{where}: not one of {report.failed} images could be read or embedded, the first is "
-                f"'{redact(key)}': {reason}"
+                f"'{redact(key)}': {reason}{''.join(f'. {note.message}' for note in self.shard.notes())}"
             )
         if self.job.on_error == "raise":
             raise FailedRows(

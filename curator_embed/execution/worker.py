@@ -21,10 +21,10 @@ import pyarrow as pa
 from distributed import Worker, get_worker
 
 from curator_embed.errors import CuratorEmbedError, StepError, UsageError
-from curator_embed.execution.group import run_group
 from curator_embed.execution.job import ShardJob, ShardReport
 from curator_embed.execution.shard_run import ShardRun
 from curator_embed.execution.values import vector_dtype
+from curator_embed.execution.work import Job, Unit
 from curator_embed.pipeline.engines import CpuEngine, DaliEngine
 from curator_embed.pipeline.pipeline import DecodeEngine, Pipeline, PipelineClosed, StageClock
 from curator_embed.sources.shard import Shard
@@ -164,6 +164,7 @@ class PipelineKeeper:
         self._asked_back: set[str] = set()
         self._users: Counter[str] = Counter()
         self._used: dict[str, float] = {}
+        self._on_disks: set[str] = set()  # runs whose disks are here
         self._chances: dict[str, int] = {}  # run -> the chance its pipeline was built on
 
     @classmethod
@@ -202,11 +203,16 @@ class PipelineKeeper:
                 del broken  # so that closing it lets go of its models
                 _close([self._pipelines.pop(run)])
             if run not in self._pipelines:
-                check_disks(job.must_see)
                 self._close_orphans()
                 self._pipelines[run], self._chances[run] = build_pipeline(job, on_images), chance
             self._users[run] += 1
             return self._pipelines[run]
+
+    def see_disks(self, run: str, paths: Sequence[str]) -> None:
+        """``check_disks``, once per run."""
+        if run not in self._on_disks:
+            check_disks(paths)
+            self._on_disks.add(run)
 
     def put_back(self, run: str) -> None:
         """The task that got the run's pipeline needs it no longer."""
@@ -239,6 +245,7 @@ class PipelineKeeper:
     def close(self, run: str) -> None:
         """Stop a run's threads and let go of its models; tasks that come after it do nothing."""
         self.stop(run)
+        self._on_disks.discard(run)
         with self._lock:
             pipelines = [self._pipelines.pop(run)] if run in self._pipelines else []
             self._chances.pop(run, None)
@@ -339,48 +346,85 @@ class TaskReport:
     Attributes:
         worker: address of the one that ran it.
         seconds: how long it took.
-        shards: one entry a shard, in order; None for those it did not work on.
+        units: one entry a unit, in order; None for those it did not work on.
     """
 
     worker: str
     seconds: float
-    shards: list[ShardReport | None]
+    units: list[ShardReport | None]
 
 
-def run_task(shards: Sequence[Shard], job: ShardJob, run: str, limit: int | None = None, chance: int = 0) -> TaskReport:
-    """The Dask task: run these shards on this worker's pipeline.
+class WorkerTask:
+    """The task that runs now, as its job sees it (``work.Task``)."""
 
-    Shards that were not begun when the worker was told to stop are left, and those that were not finished when the
+    def __init__(self, worker: Worker, run: str, chance: int) -> None:
+        self._worker, self._run, self._chance = worker, run, chance
+        self._key = str(worker.get_current_task())
+        self._keeper = PipelineKeeper.of(worker)
+        self._told = ProgressReporter(worker, progress_topic(run))
+
+    def stopping(self) -> bool:
+        """See ``work.Task``."""
+        return self._keeper.stopping(self._run)
+
+    def giving_back(self) -> bool:
+        """See ``work.Task``."""
+        return self._keeper.asked_back(self._key)
+
+    def tell(self, images: int) -> None:
+        """See ``work.Task``."""
+        self._told(images)
+
+    def see_disks(self, paths: Sequence[str]) -> None:
+        """Prove, once per run, that this worker is on the run's disks.
+
+        Raises:
+            WorkerUnfit: it is not.
+        """
+        try:
+            self._keeper.see_disks(self._run, paths)
+        except UsageError as error:
+            raise _unfit(self._worker, error, had_begun=False) from error
+
+    @contextmanager
+    def pipeline(self, job: ShardJob) -> Iterator[Pipeline | None]:
+        """See ``work.Task``."""
+        try:
+            pipeline = self._keeper.get(self._run, job, self._told, self._chance)
+        except Exception as error:
+            raise _unfit(self._worker, error, had_begun=False) from error
+        if pipeline is None:
+            yield None
+            return
+        try:
+            yield pipeline
+        except Exception as error:
+            # What the step itself does wrong is no fault of the worker or of a shard.
+            if error is pipeline.fault and not isinstance(error, PipelineClosed | StepError):
+                raise _unfit(self._worker, error, had_begun=True) from error
+            raise
+        finally:
+            self._keeper.put_back(self._run)
+
+
+def run_task(units: Sequence[Unit], given: Sequence[Any], job: Job, run: str, chance: int = 0) -> TaskReport:
+    """The Dask task: do a job to these units on this worker.
+
+    Units that were not begun when the worker was told to stop are left, and those that were not finished when the
     task was asked to give them back.
+
+    Args:
+        given: what comes with each unit (``Work.given``), computed.
+        run: the run's id.
+        chance: how many chances broken workers had been given when the task was handed out.
 
     Raises:
         WorkerUnfit: this worker can do nothing for the run; another may.
     """
     worker, began = get_worker(), time.monotonic()
-    task = str(worker.get_current_task())
-    keeper = PipelineKeeper.of(worker)
-    reports: list[ShardReport | None] = [None] * len(shards)
-    try:
-        pipeline = keeper.get(run, job, ProgressReporter(worker, progress_topic(run)), chance)
-    except Exception as error:
-        raise _unfit(worker, error, had_begun=False) from error
-    if pipeline is not None:
-        try:
-            reports = run_group(
-                shards,
-                job,
-                pipeline,
-                limit,
-                stopping=lambda: keeper.stopping(run),
-                giving_back=lambda: keeper.asked_back(task),
-            )
-        except Exception as error:
-            # What the step itself does wrong is no fault of the worker or of a shard.
-            if error is pipeline.fault and not isinstance(error, PipelineClosed | StepError):
-                raise _unfit(worker, error, had_begun=True) from error
-            raise
-        finally:
-            keeper.put_back(run)
+    task = WorkerTask(worker, run, chance)
+    task.see_disks(job.must_see)
+    reports = job.run(units, given, task)
     return TaskReport(worker.address, time.monotonic() - began, reports)
 
 

@@ -9,7 +9,8 @@ import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import dask
@@ -31,6 +32,11 @@ TELL_AFTER_S = 5.0
 
 STATUS_EVERY_S = 5.0
 """How often it is asked which workers are paused; the answer holds more than that of every worker."""
+
+PAUSED_REMEDY = (
+    "give the workers more memory (memory_limit), use a smaller batch or fewer decode threads, or change Dask's "
+    "setting distributed.worker.memory.pause"
+)
 
 Answer = TypeVar("Answer")
 
@@ -107,6 +113,23 @@ def _host_and_cores() -> tuple[str, int]:
     return socket.gethostname(), cpu_count()
 
 
+@dataclass(frozen=True)
+class Absence:
+    """Nobody can be given work.
+
+    Attributes:
+        what: why not.
+        go_on: what a worker would have to do.
+        remedy: what a person can do.
+        waited: seconds since it began.
+    """
+
+    what: str
+    go_on: str
+    remedy: str
+    waited: float
+
+
 class Workers:
     """The workers of a run: looked at now and then, some of them not fit for its job.
 
@@ -151,11 +174,22 @@ class Workers:
         self.absent_since = None if self.fit else (self.absent_since or now)
         return True
 
-    def let_in_again(self, address: str) -> None:
-        """One that was not fit may be now."""
-        self.unfit.pop(address, None)
+    def let_in_again(self, addresses: Iterable[str]) -> None:
+        """Those that were not fit may be now."""
+        for address in addresses:
+            self.unfit.pop(address, None)
         if self.fit:
             self.absent_since = None
+
+    def absence(self) -> Absence | None:
+        """Why nobody can be given work; None while somebody can."""
+        if self.absent_since is None:
+            return None
+        waited = time.monotonic() - self.absent_since
+        if self.able:
+            what, remedy = "Dask has paused all workers, their memory is nearly full", PAUSED_REMEDY
+            return Absence(what, "go on", remedy, waited)
+        return Absence("no worker is left for this job", "come", "start workers", waited)
 
     def have_worked(self) -> None:
         """Something came back: if nobody can be given work, then only from now on."""

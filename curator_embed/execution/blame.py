@@ -158,8 +158,8 @@ class Blame:
             self.suspects.appendleft(position)
             return []
         why = (
-            f"{counted.total()} workers that had nothing but this shard to work on died, left, hung or stayed paused. Look "
-            "at the workers' logs (out of memory?); run again to retry it"
+            f"{counted.total()} workers that had nothing but this shard to work on died, left, hung or stayed paused. "
+            "Look at the workers' logs (out of memory?); run again to retry it"
         )
         return [SetAside(position, FaultKind.KILLS_WORKERS, why)]
 

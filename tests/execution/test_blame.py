@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
-import dask
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import failures
-from curator_embed.execution import driver, worker, workers
-from curator_embed.execution.report import RunReport
+from curator_embed.execution import driver
+from curator_embed.execution.blame import (
+    ALLOWED_DEATHS,
+    BREAKS_IN_A_ROW,
+    KILLS_IN_A_ROW,
+    TRIES_ALONE,
+    Blame,
+    EndRun,
+    LeaveOut,
+    LetIn,
+    Refusal,
+    SetAside,
+    TryApart,
+)
+from curator_embed.execution.job import FaultKind
 from curator_embed.execution.run import RunStopped
 from curator_embed.steps import BatchModel
 from tests.stub import ColourEmbedder, ColourModel
-from tests.threads import save, wait_until
+from tests.threads import save
 
 
 class Fussy(ColourEmbedder):
@@ -75,7 +87,6 @@ def test_a_model_that_breaks_on_everything_ends_the_run_with_its_report(
     nobody: LocalCluster, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.1)
-    monkeypatch.setattr(driver, "BREAKS_IN_A_ROW", 4)
     nobody.scale(2)
     Client.current().wait_for_workers(2)
     with pytest.raises(RunStopped, match=r"breaks down whatever it works on.*ValueError: cannot embed this") as stopped:
@@ -83,165 +94,162 @@ def test_a_model_that_breaks_on_everything_ends_the_run_with_its_report(
     assert stopped.value.report.shards == {"done": 0, "skipped": 0, "failed": 0, "left": 12}
 
 
-def driver_of(client: Any, shards: int = 0) -> driver.Driver:
-    plan: Any = SimpleNamespace(shards=[SimpleNamespace(name=f"{n}", image_source=lambda: None) for n in range(shards)])
-    return driver.Driver(client, plan, RunReport(), None, threading.Event(), [])
+# -- the state machine ---------------------------------------------------------------------------
+
+A, B, C = "10.0.0.1", "10.0.0.2", "10.0.0.3"
+
+
+def of(*machines: str) -> dict[str, str]:
+    """One worker of each machine."""
+    return {machine: f"tcp://{machine}:1" for machine in machines}
 
 
 def test_shards_that_were_to_blame_do_not_clear_each_other() -> None:
-    made, nothing = driver_of(SimpleNamespace(), shards=40), SimpleNamespace()
+    judge = Blame()
     for position in range(40):
-        made._died_alone(driver._Flight(nothing, (position,), frozenset(["tcp://a:1"]), alone=True), driver.TRIES_ALONE)
-    assert made.report.shards["failed"] == len(made.report.faults) == 40
-    assert not made.report.ended and not made._suspects
+        [decision] = judge.died_alone(position, [A], TRIES_ALONE)
+        assert isinstance(decision, SetAside) and decision.position == position
+        assert decision.kind is FaultKind.KILLS_WORKERS
+    assert not judge.suspects
 
 
-@pytest.mark.parametrize("told_by", ["look", "dask"])
-@pytest.mark.parametrize("retired", [True, False])
-def test_a_worker_that_was_sent_away_was_not_killed(retired: bool, told_by: str, nobody: LocalCluster) -> None:
-    nobody.scale(1)
-    client = Client.current()
-    client.wait_for_workers(1)
-    [address] = client.nthreads()
-    made = driver_of(client, shards=1)
-    made.bar = SimpleNamespace(set_postfix_str=lambda text: None)  # type: ignore[assignment]
-    made._look()
-    future: Any = SimpleNamespace(cancel=lambda: None)
-    flight = driver._Flight(future, (0,), frozenset([address]), alone=True)
-    if retired:
-        nobody.scale(0)
-    else:
-        client.sync(gone, nobody.scheduler, address)
-    wait_until(lambda: not client.nthreads())
-    if told_by == "look":
-        made._flights["trial"] = flight
-        made._look()
-    else:
-        made._after_deaths(flight, 1)
-    assert list(made._suspects) == [0] and not made._flights
-    assert made._deaths[0].total() == (0 if retired else 1)
+def test_where_everything_kills_the_run_ends_and_no_shard_is_blamed() -> None:
+    judge = Blame()
+    for number in range(KILLS_IN_A_ROW + 4 - 1):
+        assert judge.died([number], under_way=4) == []
+    [decision] = judge.died([99], under_way=4)
+    assert isinstance(decision, EndRun) and "workers die whatever they work on: 14 tasks" in decision.why
 
 
-class Trials:
-    """What a driver's trials need to know of workers: one of each machine that is there, and which are paused."""
-
-    absent_since = None
-    threads: ClassVar[dict[str, int]] = {}
-
-    def __init__(self, *machines: str) -> None:
-        self.threads = {f"tcp://{machine}:1": 2 for machine in machines}
-        self.fit = dict(self.threads)
-        self.unfit: dict[str, str] = {}
-        self.restriction = None
-
-    def look(self, every: float = 0.0) -> bool:
-        return True
-
-    def one_a_host(self) -> dict[str, str]:
-        return {workers.host(address): address for address in self.fit}
-
-    def retired(self, address: str) -> bool:
-        return False
-
-    def let_in_again(self, address: str) -> None:
-        self.fit[address] = 2
+def test_a_finished_shard_between_two_deaths_clears_the_workers() -> None:
+    judge = Blame()
+    for number in range(100):
+        assert judge.died([number], under_way=4) == []
+        judge.finished()
 
 
-@pytest.fixture
-def trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, list[tuple[int, str]]]]:
-    """A driver with three suspects and three machines, and what it has tried where."""
-    made: Any = driver_of(SimpleNamespace(status="running"), shards=3)
-    made.workers, tried = Trials("10.0.0.1", "10.0.0.2", "10.0.0.3"), []
-    made._suspects.extend(range(3))
-
-    def submit(positions: tuple[int, ...], limit: Any, only_on: frozenset[str], alone: bool) -> None:
-        [address] = only_on
-        tried.append((positions[0], workers.host(address)))
-        future = SimpleNamespace(cancel=lambda: None)
-        made._flights[f"trial-{len(tried)}"] = driver._Flight(future, positions, only_on, alone)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(made, "_submit", submit)
-    yield made, tried
+def tried(judge: Blame, *machines: str, dies: Callable[[int, str], bool]) -> tuple[list[tuple[int, str]], set[int]]:
+    """Try suspects alone until there are none; where they were tried, and which were set aside."""
+    trials: list[tuple[int, str]] = []
+    aside: set[int] = set()
+    where = {address: machine for machine, address in of(*machines).items()}
+    while judge.suspects:
+        for position, address in judge.trials(of(*machines), busy=()):
+            trials.append((position, where[address]))
+            if dies(position, where[address]):
+                aside |= {
+                    d.position for d in judge.died_alone(position, [where[address]], 1) if isinstance(d, SetAside)
+                }
+    return trials, aside
 
 
-def test_a_machine_that_kills_everything_is_not_taken_for_a_shard_that_does(trials: Any) -> None:
-    made, tried = trials
-    while made._suspects or made._flights:
-        made._hand_out(None)
-        for key, flight in list(made._flights.items()):
-            del made._flights[key]
-            if flight.positions == (1,) or flight.only_on == {"tcp://10.0.0.2:1"}:
-                made._left_alone(flight, 1)
-            else:
-                made._settled.add(flight.positions[0])
-    assert list(made.report.faults) == ["1"], "the one that died everywhere"
-    assert sorted(where for shard, where in tried if shard == 1) == ["10.0.0.1", "10.0.0.2", "10.0.0.3"]
-    assert len(tried) == len(set(tried)), "nowhere twice"
+def test_a_machine_that_kills_everything_is_not_taken_for_a_shard_that_does() -> None:
+    judge = Blame()
+    judge.died([0, 1, 2], under_way=1)
+    trials, aside = tried(judge, A, B, C, dies=lambda position, machine: position == 1 or machine == B)
+    assert aside == {1}, "the one that died everywhere"
+    assert sorted(machine for position, machine in trials if position == 1) == [A, B, C]
+    assert len(trials) == len(set(trials)), "nowhere twice"
 
 
-def test_where_there_is_one_machine_a_shard_is_tried_there_again(trials: Any) -> None:
-    made, tried = trials
-    made.workers = Trials("10.0.0.1")
-    while made._suspects or made._flights:
-        made._hand_out(None)
-        [(key, flight)] = made._flights.items()
-        del made._flights[key]
-        made._left_alone(flight, 1)
-    assert len(made.report.faults) == 3 and len(tried) == 3 * driver.TRIES_ALONE
+def test_where_there_is_one_machine_a_shard_is_tried_there_again() -> None:
+    judge = Blame()
+    judge.died([0, 1, 2], under_way=1)
+    trials, aside = tried(judge, A, dies=lambda position, machine: True)
+    assert aside == {0, 1, 2} and len(trials) == 3 * TRIES_ALONE
 
 
-def test_a_trial_on_a_paused_worker_is_told_and_ends(
-    trials: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    made, _ = trials
-    made._hand_out(None)
-    del made.workers.fit["tcp://10.0.0.2:1"]
-    [(key, waits)] = [(key, flight) for key, flight in made._flights.items() if flight.only_on == {"tcp://10.0.0.2:1"}]
-    for _ in range(2):
-        made._look()
-    [told] = caplog.messages
-    assert made.plan.shards[waits.positions[0]].name in told and "memory_limit" in told and "10.0.0.2" in told
-    assert key in made._flights
-    with dask.config.set({workers.WAIT_KEY: "0 s"}):
-        made._look()
-    assert key not in made._flights and list(made._suspects) == list(waits.positions)
-    assert made._deaths[waits.positions[0]] == {"10.0.0.2": 1}
+@given(st.sets(st.integers(0, 9)), st.sets(st.sampled_from([A, B, C]), max_size=2))
+def test_only_shards_that_kill_are_set_aside_while_one_machine_is_sound(killers: set[int], bad: set[str]) -> None:
+    judge = Blame()
+    judge.died(range(10), under_way=1)
+    trials, aside = tried(judge, A, B, C, dies=lambda position, machine: position in killers or machine in bad)
+    assert aside == killers
+    assert len(trials) <= 10 * TRIES_ALONE
 
 
-def test_what_only_a_paused_worker_may_do_goes_to_another_in_the_end(trials: Any) -> None:
-    made, _ = trials
-    made._suspects.clear()
-    made._avoid[1] = "tcp://10.0.0.1:1"  # which was slow with it
-    made._flights["task"] = driver._Flight(SimpleNamespace(cancel=lambda: None), (1,), frozenset({"tcp://10.0.0.2:1"}))  # type: ignore[arg-type]
-    del made.workers.fit["tcp://10.0.0.2:1"]
-    for _ in range(2):
-        made._look()
-    assert "task" in made._flights
-    with dask.config.set({workers.WAIT_KEY: "0 s"}):
-        made._look()
-    assert not made._flights and list(made._waiting) == [(1,)] and not made._deaths[1]
+def test_a_machine_that_has_a_trial_gets_no_second_one() -> None:
+    judge = Blame()
+    judge.died([0, 1, 2], under_way=1)
+    assert judge.trials(of(A, B), busy={A}) == [(0, f"tcp://{B}:1")]
+    assert list(judge.suspects) == [1, 2]
+    judge.untried(0)
+    assert list(judge.suspects) == [0, 1, 2], "nothing was learnt of it: it is the next"
 
 
-def test_a_worker_that_breaks_on_everything_is_not_taken_for_a_shard_that_does(trials: Any) -> None:
-    made, _ = trials
-
-    def broke(flight: Any) -> None:
-        [address] = flight.only_on
-        made.workers.fit.pop(address, None)
-        made._broke_alone(flight.positions[0], worker.WorkerUnfit(address, "node", ValueError("no"), True))
-
-    made._hand_out(None)
-    first = made._flights.pop("trial-1")
-    broke(first)
-    assert not made.report.faults and list(made._suspects) == list(first.positions)
-    made._flights.clear()
-    made._hand_out(None)
-    again = made._flights.pop("trial-4")
-    assert again.positions == first.positions and again.only_on != first.only_on
-    broke(again)
-    assert list(made.report.faults) == [f"{first.positions[0]}"]
-    assert len(made.workers.fit) == 3, "both that it broke are let in again"
+def test_tasks_that_lose_all_workers_they_may_use_kill_them_in_the_end() -> None:
+    judge = Blame()
+    assert [judge.gone([3, 4]) for _ in range(ALLOWED_DEATHS + 1)] == [False] * ALLOWED_DEATHS + [True]
+    assert judge.gone([4, 5]) and not judge.gone([5])
 
 
-async def gone(scheduler: Any, address: str) -> None:
-    await scheduler.remove_worker(address, stimulus_id="died", close=False)
+def broke(judge: Blame, address: str, *positions: int, alone: bool = False, fit: Sequence[str] = (), **how: Any) -> Any:
+    how = {"chance": judge.chance, "left_out": False, **how}
+    refusal = Refusal(address, "node", "ValueError: no", had_begun=True)
+    return judge.refused(refusal, positions, positions, [address, *fit], alone=alone, **how)
+
+
+def test_a_shard_is_suspect_when_it_was_in_two_pipelines_that_broke() -> None:
+    judge = Blame()
+    assert broke(judge, "a", 1, 2, 3) == [LeaveOut("a", "ValueError: no"), TryApart((1, 2, 3))]
+    assert broke(judge, "b", 2, 4) == [LeaveOut("b", "ValueError: no"), TryApart((4,))]
+    assert list(judge.suspects) == [2]
+
+
+def test_a_worker_that_breaks_on_everything_is_not_taken_for_a_shard_that_does() -> None:
+    judge = Blame()
+    assert broke(judge, "b", 7, alone=True, fit=["a", "c"]) == [LeaveOut("b", "ValueError: no")]
+    assert list(judge.suspects) == [7], "tried on another worker"
+    judge.suspects.clear()
+    out, aside, let_in = broke(judge, "a", 7, alone=True, fit=["c"])
+    assert out == LeaveOut("a", "ValueError: no")
+    assert aside.position == 7 and aside.kind is FaultKind.BREAKS_MODEL and "ValueError: no" in aside.why
+    assert let_in == LetIn(("b", "a")), "both that it broke are let in again"
+
+
+def test_a_shard_that_breaks_the_only_worker_is_set_aside_at_once() -> None:
+    judge = Blame()
+    kinds = [type(decision) for decision in broke(judge, "a", 7, alone=True)]
+    assert kinds == [LeaveOut, SetAside, LetIn]
+
+
+def test_a_word_from_before_its_new_chance_is_no_news_of_a_worker() -> None:
+    judge = Blame()
+    broke(judge, "a", 1)
+    assert judge.nobody_fit(["a", "b"]) == [LetIn(("a",))] and judge.chance == 1
+    late = broke(judge, "a", 2, chance=0)
+    assert late == [TryApart((2,))], "the worker stays in"
+    assert LeaveOut("a", "ValueError: no") in broke(judge, "a", 3, chance=1)
+
+
+def test_workers_whose_pipelines_broke_are_let_in_when_nobody_else_is_there() -> None:
+    judge = Blame()
+    broke(judge, "a", 1)
+    broke(judge, "gone", 2)
+    assert judge.nobody_fit(["a"]) == [LetIn(("a",))]
+    assert judge.nobody_fit(["a"]) == [], "it has its chance"
+
+
+def test_four_breaks_in_a_row_are_the_models() -> None:
+    judge = Blame()
+    for number in range(BREAKS_IN_A_ROW - 1):
+        assert not any(isinstance(decision, EndRun) for decision in broke(judge, f"{number}", number))
+    *_, end = broke(judge, "last", 9)
+    assert isinstance(end, EndRun) and "ValueError: no" in end.why and "node" in end.why
+
+
+def test_what_no_worker_can_load_is_the_jobs_own_error() -> None:
+    judge = Blame()
+    refusal = Refusal("a", "node", "RuntimeError: no GPU", had_begun=False)
+    options: Any = {"chance": 0, "alone": False, "left_out": False}
+    assert judge.refused(refusal, [1], [1], ["a"], **options) == [LeaveOut("a", "RuntimeError: no GPU")]
+    assert judge.hopeless and judge.nobody_able(refusal) is None
+    judge.finished()
+    assert not judge.hopeless and judge.nobody_able(refusal) is None, "others may come"
+
+
+def test_a_model_that_broke_and_cannot_be_loaded_again_is_said_to_break() -> None:
+    judge = Blame()
+    broke(judge, "a", 1)
+    end = judge.nobody_able(Refusal("a", "node", "RuntimeError: no GPU", had_begun=False))
+    assert isinstance(end, EndRun) and "breaks down whatever it works on" in end.why and not judge.hopeless

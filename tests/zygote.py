@@ -30,13 +30,22 @@ def run_job(job: dict[str, Any]) -> None:
         dataset = ImageTextPairDataset.from_folder(job["source"], images_per_file)
     else:
         dataset = ImageTextPairDataset.from_webdataset(job["source"])
-    ColourEmbedder()(dataset).save_metadata(job["output"], progress=False, **job.get("options", {}))
+    options = job.get("options", {})
+    if job.get("kind") == "export":
+        dataset.metadata["keep"] = dataset.metadata["width"] > 0
+        dataset.to_webdataset(job["output"], "keep", samples_per_shard=7, progress=False, **options)
+    elif job.get("kind") == "assign":
+        dataset.metadata["half"] = dataset.metadata["width"] // 2
+        dataset.save_metadata(job["output"], progress=False, **options)
+    else:
+        ColourEmbedder()(dataset).save_metadata(job["output"], progress=False, **options)
 
 
 def main() -> None:
     """Serve jobs until standard input ends."""
     import torch  # noqa: F401
 
+    import curator_embed.datasets.export
     import curator_embed.datasets.saving
     import curator_embed.decoding.pillow
     import curator_embed.execution.run  # noqa: F401

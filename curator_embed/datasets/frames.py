@@ -6,7 +6,6 @@ data frame backend is "cudf": nulls, integers and lists stay what they are.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,24 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import dask
 import dask.dataframe as dd
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-from dask.delayed import delayed
 
 from curator_embed.datasets.pending import taken_columns
 from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.job import ShardJob
 from curator_embed.execution.placing import place_on_workers
-from curator_embed.execution.run import make_plan
+from curator_embed.execution.run_plan import make_plan
 from curator_embed.execution.worker import read_partition
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.shard import Shard
 from curator_embed.storage.location import Location
-from curator_embed.tables.pairing import ids_as_text, pair
-from curator_embed.tables.provenance import ERROR_COLUMN, Entry, Footer
-from curator_embed.tables.writing import NewColumn, TablePlan, write_table
+from curator_embed.tables.provenance import ASSIGNED, ERROR_COLUMN, Footer
 
 if TYPE_CHECKING:
     from curator_embed.datasets.image_text_pair import ImageTextPairDataset
@@ -63,15 +58,20 @@ class PartitionReader:
         else:
             with location.open_parquet() as parquet:
                 table = parquet.read(columns=[name for name in schema.names if name in stored.names])
-        return _to_frame(_aligned(table, schema, shard.name), self.backend)
+        return _to_frame(aligned(table, schema, shard.name), self.backend)
 
     def meta(self) -> Any:
         """An empty frame with the right columns and types."""
         return _to_frame(self.schema.empty_table(), self.backend)
 
 
-def metadata_frame(dataset: ImageTextPairDataset) -> dd.DataFrame:
-    """See ``ImageTextPairDataset.metadata``."""
+def metadata_frame(dataset: ImageTextPairDataset) -> tuple[dd.DataFrame, frozenset[str]]:
+    """See ``ImageTextPairDataset.metadata``.
+
+    Returns:
+        The frame, and those of its columns that earlier saves wrote for their users: a save that was killed has
+        written them to some files, and the same assignment goes on from there.
+    """
     job = dataset.job(None)
     if job.steps:
         with some_client() as client:
@@ -79,15 +79,16 @@ def metadata_frame(dataset: ImageTextPairDataset) -> dd.DataFrame:
             job = make_plan(dataset.shards, job, cores=cores_per_worker(client)).job
     if not dataset.shards:
         raise UsageError("the dataset has no shards")
-    reader = PartitionReader(job, _schema(dataset, job))
+    schema, before = _schema(dataset, job)
+    reader = PartitionReader(job, schema)
     frame: dd.DataFrame = dd.from_map(
         reader, list(dataset.shards), meta=reader.meta(), enforce_metadata=False, label="metadata"
     )
-    return frame
+    return frame, before
 
 
-def _schema(dataset: ImageTextPairDataset, job: ShardJob) -> pa.Schema:
-    """The columns of all shards, by their footers, and those that are pending."""
+def _schema(dataset: ImageTextPairDataset, job: ShardJob) -> tuple[pa.Schema, frozenset[str]]:
+    """The columns of all shards, by their footers, and those that are pending; and which of them users assigned."""
 
     def stored(shard: Shard) -> pa.Schema | None:
         path = shard.table_path()
@@ -108,7 +109,30 @@ def _schema(dataset: ImageTextPairDataset, job: ShardJob) -> pa.Schema:
     images = {name for shard in dataset.shards for name in shard.image_columns}
     base = _unified(schemas, text=bool(untabled))
     kept = [item for item in base if item.name not in new and item.name not in images]
-    return pa.schema([*kept, *(pa.field(name, kind) for name, kind in new.items())])
+    return pa.schema([*kept, *(pa.field(name, kind) for name, kind in new.items())]), _assigned_before(schemas)
+
+
+def _assigned_before(schemas: Sequence[tuple[str, pa.Schema]]) -> frozenset[str]:
+    """Columns that were assigned wherever they are."""
+    assigned: set[str] = set()
+    others: set[str] = set()
+    for _, schema in schemas:
+        made = Footer.of(schema).columns
+        ours = {name for name, entry in made.items() if entry.recipe.get("step") == ASSIGNED["step"]}
+        assigned |= ours
+        others |= set(schema.names) - ours
+    return frozenset(assigned - others)
+
+
+def assigned_in(frame: dd.DataFrame) -> set[str]:
+    """Columns that were assigned to a frame since it was read, as far as its last operations tell."""
+    found: set[str] = set()
+    made: Any = frame.expr
+    while type(made).__name__ in ("Assign", "Projection"):
+        if type(made).__name__ == "Assign":
+            found |= set(made.keys)
+        made = made.frame
+    return found
 
 
 def _unified(schemas: Sequence[tuple[str, pa.Schema]], *, text: bool) -> list[pa.Field]:
@@ -134,24 +158,24 @@ def _unified(schemas: Sequence[tuple[str, pa.Schema]], *, text: bool) -> list[pa
                     ) from None
                 kind = pa.string()
             common[item.name] = (first, kind)
-    return [pa.field(name, _without_null(kind) if text else kind) for name, (_, kind) in common.items()]
+    return [pa.field(name, without_null(kind) if text else kind) for name, (_, kind) in common.items()]
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _without_null(kind: pa.DataType) -> pa.DataType:
+def without_null(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_null(kind):
         return pa.string()
     if pa.types.is_list(kind):
-        return pa.list_(_without_null(kind.value_type))
+        return pa.list_(without_null(kind.value_type))
     if pa.types.is_struct(kind):
-        return pa.struct([pa.field(item.name, _without_null(item.type)) for item in kind])
+        return pa.struct([pa.field(item.name, without_null(item.type)) for item in kind])
     return kind
 
 
-def _aligned(table: pa.Table, schema: pa.Schema, shard: str) -> pa.Table:
+def aligned(table: pa.Table, schema: pa.Schema, shard: str) -> pa.Table:
     """Bring a shard's table to the frame's columns and types: absent ones are null."""
     columns = []
     for item in schema:
@@ -233,84 +257,3 @@ def _check_rows_and_columns(dataset: ImageTextPairDataset, added: Sequence[str])
                 "failed rows out, or mark rows in a boolean column and write them with to_webdataset()"
             )
         made = made.frame
-
-
-def write_assigned(frame: dd.DataFrame, dataset: ImageTextPairDataset, job: ShardJob) -> None:
-    """Add assigned columns to the files that a run has just written, a shard at a time."""
-    with some_client() as client:
-        partitions = frame.to_delayed()
-        kinds = _as_arrow(frame._meta).schema
-        for start in range(0, len(partitions), 64):
-            parts = [
-                delayed(_write_one)(part, shard, job, kinds)
-                for part, shard in zip(partitions[start : start + 64], dataset.shards[start : start + 64], strict=True)
-            ]
-            client.gather(client.compute(parts))
-
-
-def _as_arrow(part: Any) -> pa.Table:
-    if hasattr(part, "to_arrow"):  # cuDF
-        table = part.to_arrow(preserve_index=False)
-    else:
-        table = pa.Table.from_pandas(part, preserve_index=False)
-    return table.replace_schema_metadata(None)
-
-
-def _write_one(part: Any, shard: Shard, job: ShardJob, kinds: pa.Schema) -> int:
-    """Add the columns of one partition to its shard's file, by id; ``kinds`` are the types of the whole frame."""
-    table = _as_arrow(part)
-    # A column of Python objects has no type before its values are there.
-    known = [kinds.field(item.name) if not pa.types.is_null(kinds.field(item.name).type) else item
-             for item in table.schema]  # fmt: skip
-    table = _aligned(table, pa.schema([pa.field(item.name, _without_null(item.type)) for item in known]), shard.name)
-    target = Location.of(job.target(shard), job.storage_options)
-    token = target.token()
-    with target.open_parquet() as parquet:
-        schema, ids = parquet.schema_arrow, parquet.read(columns=[job.id_col]).column(job.id_col)
-    names = [name for name in table.column_names if name != job.id_col]
-    footer = Footer.of(schema)
-    foreign = [name for name in names if name in schema.names and _recipe(footer, name) != ASSIGNED]
-    if foreign and not job.overwrite:
-        raise UsageError(f"{target.path}: column '{foreign[0]}' is already there; pass overwrite=True to replace it")
-    rows = _rows_of(ids_as_text(ids), ids_as_text(table.column(job.id_col)), job, shard)
-    positions = pa.array(rows, mask=rows < 0)
-    columns = {
-        name: NewColumn(table.schema.field(name).type, _taking(table.column(name).combine_chunks(), positions))
-        for name in names
-    }
-    made = {name: Entry(ASSIGNED) for name in names}
-    footer = dataclasses.replace(footer, columns={**footer.columns, **made})
-    empty = np.empty(0, dtype=np.int64)
-    return write_table(TablePlan(target, None, np.arange(len(ids)), None, empty, columns, footer), target, token)
-
-
-def _rows_of(ids: list[str | None], own: list[str | None], job: ShardJob, shard: Shard) -> np.ndarray:
-    """For each row of the file the frame's row, -1 for none: by position where the ids say so, else by id."""
-    common = min(len(ids), len(own))
-    if ids[:common] == own[:common] and (len(own) == common or job.on_error != "drop"):
-        return np.concatenate([np.arange(common), np.full(len(ids) - common, -1)])
-    with_id = np.array([row for row, text in enumerate(own) if text is not None], dtype=np.int64)
-    found = pair(ids, [text for text in own if text is not None])
-    if found.ambiguous.any():
-        raise UsageError(
-            f"shard {shard.name}: '{next(iter(found.unequal))}' is the id of several rows, of which some were left "
-            "out; the run's own columns are saved. Open what was saved and assign the column to that"
-        )
-    sample = found.sample_of_row
-    return np.where(sample < 0, -1, with_id[sample]) if len(with_id) else sample
-
-
-ASSIGNED = {"step": "assigned"}
-"""The recipe of columns that came from a user's data frame."""
-
-
-def _recipe(footer: Footer, name: str) -> Any:
-    return footer.columns[name].recipe if name in footer.columns else None
-
-
-def _taking(column: pa.Array | pa.ChunkedArray, positions: pa.Array) -> Any:
-    def values(rows: np.ndarray) -> pa.Array:
-        taken = column.take(positions.take(pa.array(rows)))
-        return taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken
-
-    return values

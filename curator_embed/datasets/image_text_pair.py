@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from curator_embed.datasets.export import ExportReport
     from curator_embed.execution.report import RunReport
-    from curator_embed.execution.run import RunPlan
+    from curator_embed.execution.run_plan import RunPlan
     from curator_embed.storage.objects import ReadPolicy
 
 
@@ -51,6 +51,7 @@ class ImageTextPairDataset:
         self.inputs = tuple(inputs)
         self._metadata: dd.DataFrame | None = None
         self._columns_as_read: list[str] = []
+        self._assigned_before: frozenset[str] = frozenset()
 
     @classmethod
     def from_webdataset(
@@ -297,7 +298,7 @@ class ImageTextPairDataset:
         if self._metadata is None:
             from curator_embed.datasets.frames import metadata_frame
 
-            self._metadata = metadata_frame(self)
+            self._metadata, self._assigned_before = metadata_frame(self)
             self._columns_as_read = list(self._metadata.columns)
         return self._metadata
 
@@ -427,10 +428,13 @@ class ImageTextPairDataset:
         return self._metadata is not None
 
     def added_columns(self) -> list[str]:
-        """Columns that were assigned to ``metadata`` and are in no file yet."""
+        """Columns that were assigned to ``metadata``; an earlier run may have written them to some files."""
         if self._metadata is None:
             return []
-        return [name for name in self._metadata.columns if name not in self._columns_as_read]
+        from curator_embed.datasets.frames import assigned_in
+
+        again = assigned_in(self._metadata) & self._assigned_before
+        return [name for name in self._metadata.columns if name not in self._columns_as_read or name in again]
 
     def first_images(self, count: int) -> list[bytes]:
         """The first ``count`` encoded images, in the order they are stored."""

@@ -283,6 +283,7 @@ class Driver:
                 self.work.hold(position, report)
                 continue
             # Not done when the run began, done when it came to it: a worker of this run finished it and died.
+            self.work.settle(position, report)
             report.skipped = False
             self._add(report)
         self.bar.set_postfix(failed=self.report.failed)

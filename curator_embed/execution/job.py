@@ -136,7 +136,11 @@ def fault_of(error: Exception, path: str) -> Fault:
 
 @dataclass
 class ShardReport:
-    """What became of one shard's rows; sums up to the run's report."""
+    """What became of one shard's rows; sums up to the run's report.
+
+    Attributes:
+        found: what the job found out about its unit, for the work that it belongs to (``Work.settle``).
+    """
 
     shard: str
     read: int = 0
@@ -153,6 +157,7 @@ class ShardReport:
     seconds: dict[str, float] = field(default_factory=dict)
     queues: dict[str, dict[str, float]] = field(default_factory=dict)
     fault: Fault | None = None
+    found: Any = None
 
     @classmethod
     def of_finished(cls, shard: str, footer: Footer, *, with_dropped: bool = False) -> ShardReport:

@@ -92,6 +92,23 @@ class RunReport:
         """Images embedded or found bad by this run, a second of wall time."""
         return self.images_this_run / self.wall_seconds if self.wall_seconds > 0 else 0.0
 
+    @property
+    def whole(self) -> bool:
+        """Whether all was done that was to be done."""
+        return not (self.faults or self.stopped or self.ended)
+
+    def follow(self, after: RunReport) -> None:
+        """Take over what became of work that was done to the same output afterwards; its rows are counted already."""
+        self.faults |= after.faults
+        self.stopped, self.ended = self.stopped or after.stopped, self.ended or after.ended
+        self.wall_seconds += after.wall_seconds
+        self.workers_lost += after.workers_lost
+        if not after.whole:
+            self.shards["done"] = max(0, self.shards["done"] - after.shards["left"] - after.shards["failed"])
+            self.shards["left"] += after.shards["left"]
+            self.shards["failed"] += after.shards["failed"]
+        self._note_all(after.notes)
+
     def add(self, shard: ShardReport) -> None:
         """Count one shard's rows."""
         if shard.fault is not None:

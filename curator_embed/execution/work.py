@@ -145,6 +145,10 @@ class Work(ABC):
             report: the account so far, as it grows. Setting ``ended`` says why no further round can help.
         """
 
+    def settle(self, position: int, report: ShardReport) -> None:
+        """A unit is done or set aside: the place to keep what its report found."""
+        return
+
     def hold(self, position: int, report: ShardReport) -> None:
         """A unit came back held (``ShardReport.held``): nothing was written, and a later round decides."""
         raise NotImplementedError(f"{type(self).__name__} has no units that are held")

@@ -21,6 +21,8 @@ FORMAT = 2
 READABLE = (1, 2)
 ERROR_COLUMN = "image_error"
 ERROR_RECIPE = {"step": "image_error"}
+ASSIGNED = {"step": "assigned"}
+"""The recipe of columns that came from a user's data frame; with a digest of the values."""
 
 RECORDED_ONLY = frozenset({"software", "exceptions"})
 """Recipe fields that are written down but do not make a column stale (versions, out-of-memory halvings)."""

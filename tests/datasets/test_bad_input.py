@@ -600,10 +600,10 @@ def test_a_disk_that_fills_up_meanwhile(
     small_disk: Path, tmp_path: Path, wheel_photos: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Finished shards stay whole, half-written ones vanish, and the same command goes on once there is room."""
-    from curator_embed.execution import run
+    from curator_embed.execution import run_plan
 
     source = write_dataset(tmp_path / "some", wheel_photos, shards=12, samples=40)
-    monkeypatch.setattr(run, "_bytes_free", lambda job, shards: None)  # others fill the disk after the look at it
+    monkeypatch.setattr(run_plan, "_bytes_free", lambda job, shards: None)  # others fill the disk after the look at it
     with pytest.raises(Exception, match=r"\.parquet.*disk is full.*Free some space") as caught:
         save(source, small_disk / "out")
     assert isinstance(caught.value, RunStopped)

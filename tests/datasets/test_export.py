@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.datasets import export as exporting
-from curator_embed.datasets.export import Piece, plan_shards
+from curator_embed.datasets.export import plan_shards
+from curator_embed.datasets.export_shards import Piece
 from curator_embed.errors import CuratorEmbedError, UsageError
 from tests.rows import assert_embedded, table_rows, tar_images, tar_members
 from tests.shards import crops, write_dataset, write_tar
@@ -157,33 +158,84 @@ def test_embeddings_travel_and_count_as_done(source: Path, tmp_path: Path) -> No
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")} == stamps
 
 
-def test_an_export_that_was_interrupted_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_was_interrupted_goes_on(source: Path, tmp_path: Path) -> None:
+    """Kills at named points are in tests/execution/test_kills.py; here is what a power cut may leave."""
     mark(source)
     whole = export(source, tmp_path / "whole", samples_per_shard=4)
-    original = exporting._export_shard
-
-    def dies(number: int, inputs: Any, job: Any) -> Any:
-        if number == 2:
-            raise RuntimeError("power cut")
-        return original(number, inputs, job)
-
-    monkeypatch.setattr(exporting, "_export_shard", dies)
-    with pytest.raises(RuntimeError, match="power cut"):
-        export(source, tmp_path / "out", samples_per_shard=4)
-    monkeypatch.undo()
-    there = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")}
-    # Half a tar whose parquet was never written, and what a killed process leaves behind.
-    (tmp_path / "out" / "00002.tar").write_bytes(b"half")
-    (tmp_path / "out" / "00002.tar.tmp-999999-abcd").write_bytes(b"quarter")
-    assert there, "shards in flight are finished before the error is raised"
-    report = export(source, tmp_path / "out", samples_per_shard=4)
-    assert report.skipped == len(there)
+    out = tmp_path / "out"
+    export(source, out, samples_per_shard=4)
+    # Half a tar whose parquet was never written, a table whose tar is gone, and what a killed process leaves behind.
+    (out / "00002.tar").write_bytes(b"half")
+    (out / "00002.parquet").unlink()
+    (out / "00003.tar").unlink()
+    (out / "00002.tar.tmp-999999-abcd").write_bytes(b"quarter")
+    there = {p.name: p.stat().st_mtime_ns for p in out.glob("*.parquet") if p.name != "00003.parquet"}
+    report = export(source, out, samples_per_shard=4)
+    assert report.skipped == len(there) == report.shards - 2
     assert (report.exported, report.no_image, report.kept) == (whole.exported, whole.no_image, whole.kept)
-    assert {n: (tmp_path / "out" / n).stat().st_mtime_ns for n in there} == there
+    assert {n: (out / n).stat().st_mtime_ns for n in there} == there
     for path in sorted((tmp_path / "whole").glob("*.tar")):
-        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
-    assert table_rows(tmp_path / "out") == table_rows(tmp_path / "whole")
-    assert not [p.name for p in (tmp_path / "out").iterdir() if ".tmp-" in p.name]
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert table_rows(out) == table_rows(tmp_path / "whole")
+    assert not [p.name for p in out.iterdir() if ".tmp-" in p.name]
+
+
+def test_columns_added_to_an_export_survive_its_second_run(source: Path, tmp_path: Path) -> None:
+    mark(source)
+    exported = export(source, tmp_path / "out", samples_per_shard=10).dataset
+    ColourEmbedder("later")(exported).save_metadata(progress=False)
+    before = table_rows(tmp_path / "out")
+    again = export(source, tmp_path / "out", samples_per_shard=10)
+    assert again.skipped == again.shards
+    assert table_rows(tmp_path / "out") == before and "later" in next(iter(before.values()))
+
+
+def test_overwriting_an_export_makes_all_of_it_anew(source: Path, tmp_path: Path) -> None:
+    mark(source)
+    export(source, tmp_path / "out", samples_per_shard=10)
+    stamps = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    report = export(source, tmp_path / "out", samples_per_shard=10, overwrite=True)
+    assert report.skipped == 0
+    assert all(p.stat().st_mtime_ns != stamps[p.name] for p in (tmp_path / "out").iterdir())
+
+
+def test_an_export_of_fewer_shards_leaves_none_of_the_former_behind(source: Path, tmp_path: Path) -> None:
+    mark(source)
+    first = export(source, tmp_path / "out", samples_per_shard=3)
+    (tmp_path / "out" / "00004.parquet").unlink()  # as a kill between a tar and its table leaves it
+    second = export(source, tmp_path / "out", samples_per_shard=100, overwrite=True)
+    assert second.shards == 1 < first.shards
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["00000.parquet", "00000.tar"]
+
+
+def test_columns_that_are_out_of_date_stay_so(source: Path, tmp_path: Path) -> None:
+    ColourEmbedder()(ImageTextPairDataset.from_webdataset(str(source))).save_metadata(progress=False)
+    mark(source)
+    tar = source / "00001.tar"
+    os.utime(tar, ns=(tar.stat().st_atime_ns, tar.stat().st_mtime_ns + 10**9))
+    exported = export(source, tmp_path / "out", samples_per_shard=100).dataset
+    with pytest.raises(UsageError, match="images that have changed since"):
+        ColourEmbedder()(exported).save_metadata(progress=False)
+
+
+def test_an_export_counts_its_rows(source: Path, tmp_path: Path) -> None:
+    ColourEmbedder()(ImageTextPairDataset.from_webdataset(str(source))).save_metadata(progress=False)
+    mark(source, dict.fromkeys(table_rows(source), True), column="all")
+    exported = export(source, tmp_path / "out", column="all").dataset
+    again = ColourEmbedder()(exported).save_metadata(progress=False)
+    assert again.shards["skipped"] > 0
+    assert (again.read, again.embedded, again.failed) == (30, 28, 2)
+
+
+def test_a_sample_without_an_image_is_no_exported_one(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    folder, images = tmp_path / "in", crops(wheel_photos[0], 2)
+    folder.mkdir()
+    write_tar(folder / "0.tar", [("a.jpg", images[0]), ("b.json", b'{"caption": "none"}'), ("c.jpg", images[1])])
+    pq.write_table(pa.table({"key": list("abc"), "keep": [True] * 3}), folder / "0.parquet")
+    report = export(folder, tmp_path / "out")
+    assert (report.kept, report.exported, report.no_image) == (3, 2, 1)
+    assert list(tar_members(tmp_path / "out" / "00000.tar")) == ["000000000.jpg", "000000001.jpg"]
+    assert len(table_rows(tmp_path / "out")) == 2
 
 
 def test_another_export_is_not_overwritten_unasked(source: Path, tmp_path: Path) -> None:

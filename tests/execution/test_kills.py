@@ -120,6 +120,53 @@ def test_killed_while_a_folder_grows(point: str, zygote: Zygote, wheel_photos: l
     assert sorted(paths) == sorted(path.name for path in folder.iterdir())
 
 
+EXPORT_POINTS = [name for name in NAMES if name != "shard.read"]
+
+
+@pytest.fixture(scope="module")
+def exported(zygote: Zygote, source: Path) -> Path:
+    """What an undisturbed export writes."""
+    output = source.parent / "exported"
+    assert zygote.run(kind="export", source=str(source), output=str(output)) == 0
+    return output
+
+
+def same_but_for_times(one: Path, other: Path) -> None:
+    """Tars are equal; footers say when each tar was written, rows do not."""
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in other.iterdir())
+    for path in one.glob("*.tar"):
+        assert path.read_bytes() == (other / path.name).read_bytes()
+    for path in one.glob("*.parquet"):
+        assert pq.read_table(path).equals(pq.read_table(other / path.name))
+
+
+@pytest.mark.parametrize("point", EXPORT_POINTS)
+def test_an_export_that_was_killed_goes_on(
+    point: str, zygote: Zygote, source: Path, exported: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    job = {"kind": "export", "source": str(source), "output": str(output)}
+    assert zygote.run(**job, environment={"CURATOR_EMBED_FAILPOINT": f"{point}:4"}) == -9
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
+    assert len(before) < len(list(exported.glob("*.parquet")))
+    assert zygote.run(**job) == 0
+    same_but_for_times(exported, output)
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "finished shards are not written again"
+
+
+@pytest.mark.parametrize("point", ["shard.started", "output.temporary_written", "output.replaced", "shard.finished"])
+def test_assigned_columns_go_on_after_a_kill(point: str, zygote: Zygote, source: Path, tmp_path: Path) -> None:
+    there = [shutil.copytree(source, tmp_path / name) for name in ("whole", "killed")]
+    assert zygote.run(kind="assign", source=str(there[0]), output=None) == 0
+    environment = {"CURATOR_EMBED_FAILPOINT": f"{point}:3"}
+    assert zygote.run(kind="assign", source=str(there[1]), output=None, environment=environment) == -9
+    before = {p: p.stat().st_mtime_ns for p in there[1].glob("*.parquet") if "half" in pq.read_schema(p).names}
+    assert 0 < len(before) < SHARDS or point == "shard.started"
+    assert zygote.run(kind="assign", source=str(there[1]), output=None) == 0
+    assert contents(there[1]) == contents(there[0])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
 def test_a_killed_worker_costs_only_time(zygote: Zygote, source: Path, tmp_path: Path) -> None:
     # Two workers share the cores, so forward passes get fewer threads than alone: compare with two workers.
     assert zygote.run(source=str(source), output=str(tmp_path / "whole"), workers=2) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from curator_embed import get_client
-from curator_embed.datasets import ImageTextPairDataset, saving
+from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import CuratorEmbedError, UsageError
-from curator_embed.execution import placing, run
+from curator_embed.execution import carry_out, placing, run_plan
 from curator_embed.execution.run import RowsFailed, RunStopped
 from curator_embed.storage.location import Location
 from curator_embed.tables.bookkeeping import Bookkeeping
@@ -43,7 +42,7 @@ def test_in_place_only_files_being_replaced_are_there_twice(tmp_path: Path, whee
     dataset = opened(folder)
     new = 12 * (192 * 4 + 16 * 0)
     for tasks in (1, 2, 4):
-        plan = run.make_plan(dataset.shards, dataset.job(None), cores=1, tasks=tasks)
+        plan = run_plan.make_plan(dataset.shards, dataset.job(None), cores=1, tasks=tasks)
         assert plan.bytes_to_write == new + sum(sizes[-tasks:])
 
 
@@ -52,10 +51,10 @@ def test_image_columns_that_are_not_copied_need_no_disk(tmp_path: Path, wheel_ph
     pq.write_table(pa.table({"key": [f"{n:03d}" for n in range(20)], "image": images}), tmp_path / "0.parquet")
     dataset = ColourEmbedder()(ImageTextPairDataset.from_parquet(str(tmp_path / "0.parquet")))
     size = (tmp_path / "0.parquet").stat().st_size
-    plan = run.make_plan(dataset.shards, dataset.job(str(tmp_path / "out")), cores=1)
+    plan = run_plan.make_plan(dataset.shards, dataset.job(str(tmp_path / "out")), cores=1)
     assert plan.bytes_to_write is not None
     assert 0 < plan.bytes_to_write - 20 * 192 * 4 < size / 10
-    plan = run.make_plan(dataset.shards, dataset.job(str(tmp_path / "out"), ["image"]), cores=1)
+    plan = run_plan.make_plan(dataset.shards, dataset.job(str(tmp_path / "out"), ["image"]), cores=1)
     assert plan.bytes_to_write is not None and plan.bytes_to_write - 20 * 192 * 4 > size * 0.9
 
 
@@ -91,7 +90,7 @@ def test_a_run_that_lost_its_lock_removes_no_temporaries(
         driver.report.shards["left"] += 1
         theirs.write_bytes(b"the next run's")
 
-    monkeypatch.setattr(run.Driver, "run", lose)
+    monkeypatch.setattr(carry_out.Driver, "run", lose)
     with pytest.raises(RunStopped, match=r"lock\.json: the lock is no longer this run's"):
         opened(folder).save_metadata(progress=False)
     assert theirs.exists()
@@ -106,22 +105,14 @@ def test_a_refused_run_leaves_nothing_behind(tmp_path: Path, wheel_photos: list[
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000.parquet"]
 
 
-def test_assigned_columns_are_written_under_the_lock(
-    tmp_path: Path, wheel_photos: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_assigned_columns_are_written_under_the_lock(tmp_path: Path, wheel_photos: list[Path]) -> None:
     folder = write_dataset(tmp_path / "in", wheel_photos, shards=1, samples=2)
     dataset = ImageTextPairDataset.from_webdataset(str(folder))
-    dataset.metadata["good"] = dataset.metadata["width"] > 0
-    locked, write = [], saving.write_assigned
-
-    def writing(*args: Any) -> None:
-        locked.append(os.path.exists(tmp_path / "in.curator_embed" / "lock.json"))
-        write(*args)
-
-    monkeypatch.setattr(saving, "write_assigned", writing)
+    lock = tmp_path / "in.curator_embed" / "lock.json"
+    held = dataset.metadata["width"].map_partitions(lambda part: part.notna() & lock.exists(), meta=("held", "boolean"))
+    dataset.metadata["held"] = held
     dataset.save_metadata(progress=False)
-    assert locked == [True]
-    assert "good" in pq.read_schema(folder / "00000.parquet").names
+    assert pq.read_table(folder / "00000.parquet")["held"].to_pylist().count(True) == 2
 
 
 def test_a_cluster_without_workers_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from curator_embed.storage.files import redact
 from curator_embed.storage.location import Location
 from curator_embed.tables.failpoints import failpoint
 from curator_embed.tables.judge import judge_columns, outdated
+from curator_embed.tables.nulls import nulls
 from curator_embed.tables.pairing import (
     Pairing,
     ids_digest,
@@ -375,7 +376,7 @@ class ShardRun:
                         "Choose the id column that holds the keys, with id_col=",
                     ) from None
             else:
-                columns.append(pa.nulls(len(keys), item.type))
+                columns.append(nulls(len(keys), item.type))
         return pa.Table.from_arrays(columns, schema=schema)
 
     def _tell_about(self, pairing: Pairing, row_ids: Sequence[str | None]) -> None:

@@ -65,12 +65,15 @@ class Location:
         """Open for reading; a file that is no parquet is an error that names it."""
         with ExitStack() as stack:
             with _naming(self.path):
-                if self.is_local:
-                    file = stack.enter_context(open(self.path, "rb"))
-                else:
-                    file = stack.enter_context(self.fs.open(self.path, "rb"))
-                parquet = _NamedParquet(file, self.path)
+                parquet = _NamedParquet(stack.enter_context(self.open_bytes()), self.path)
+                _ = parquet.schema_arrow  # of a schema that Arrow has no types for, this is where it says so
             yield parquet  # what goes wrong outside, while the file is open, is not the file's fault
+
+    @contextmanager
+    def open_bytes(self) -> Iterator[IO[bytes]]:
+        """Open for reading."""
+        with open(self.path, "rb") if self.is_local else self.fs.open(self.path, "rb") as file:
+            yield file
 
     def schema(self) -> pa.Schema | None:
         """The Arrow schema with its metadata, from the footer alone; None when there is no file."""
@@ -98,7 +101,8 @@ class _NamedParquet(pq.ParquetFile):
     """A parquet file whose damaged pages are errors that name it."""
 
     def __init__(self, file: IO[bytes], path: str) -> None:
-        super().__init__(file)
+        # INT96 holds dates that do not fit into 64 bits of nanoseconds: they would become others.
+        super().__init__(file, coerce_int96_timestamp_unit="us")
         self._named = path
 
     def read(self, *args: Any, **kwargs: Any) -> pa.Table:

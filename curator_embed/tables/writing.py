@@ -10,8 +10,10 @@ import errno
 import os
 import secrets
 import stat
+import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO
 
@@ -23,8 +25,9 @@ from curator_embed.errors import SourceError
 from curator_embed.storage.location import Location, Token
 from curator_embed.tables.failpoints import failpoint
 from curator_embed.tables.provenance import FOOTER_KEY, Footer
+from curator_embed.tables.rewriting import PIECE_ROWS, Rewriting, encoding_options
 
-ROW_GROUP_ROWS = 8192
+ROW_GROUP_ROWS = PIECE_ROWS
 """Rows a row group holds where there is no input table whose row groups to follow."""
 
 
@@ -42,8 +45,9 @@ def replacing(target: Location, expected: Token | None, *, check: bool = True) -
     """Open a new version of ``target`` that takes its place when the block ends without an error.
 
     On a local disk: a temporary name in the same folder that no ``*.parquet`` glob matches, synced,
-    then renamed; permissions stay, and of a link the file it leads to is replaced. On an object store:
-    collected here, put in one piece.
+    then renamed. Mode, owner, group and extended attributes (ACLs among them) stay, as far as whoever runs this may
+    set them, and of a link the file it leads to is replaced. On an object store: collected in the system's folder for
+    temporary files, put in one piece.
 
     Args:
         expected: ``target.token()`` when it was read; a file that differs at the end is not replaced.
@@ -54,8 +58,7 @@ def replacing(target: Location, expected: Token | None, *, check: bool = True) -
         temporary = f"{path}.tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             with open(temporary, "wb") as file:
-                with suppress(OSError):  # there is no file yet, or its disk knows no permissions
-                    os.fchmod(file.fileno(), stat.S_IMODE(os.stat(path).st_mode))
+                _be_like(path, file.fileno())
                 failpoint("output.temporary_opened")
                 yield file
                 file.flush()
@@ -69,27 +72,56 @@ def replacing(target: Location, expected: Token | None, *, check: bool = True) -
                 os.unlink(temporary)
             raise _explained(error, target) or error from None
     else:
-        file = pa.BufferOutputStream()
-        failpoint("output.temporary_opened")
-        yield file
-        failpoint("output.temporary_written")
-        if check and target.token() != expected:
-            raise TargetChanged(target.path)
-        target.fs.pipe_file(target.path, file.getvalue().to_pybytes())
+        try:
+            with tempfile.NamedTemporaryFile(prefix="curator-embed-") as collected:
+                failpoint("output.temporary_opened")
+                yield collected.file
+                collected.flush()
+                failpoint("output.temporary_written")
+                if check and target.token() != expected:
+                    raise TargetChanged(target.path)
+                target.fs.put_file(collected.name, target.path)
+        except OSError as error:
+            raise _explained(error, target, tempfile.gettempdir()) or error from None
     failpoint("output.replaced")
 
 
-def _explained(error: BaseException, target: Location) -> SourceError | None:
-    """Turn the operating system's word into a message that names the file and the remedy."""
+def _be_like(path: str, descriptor: int) -> None:
+    """Give a new file the owner, group, mode and extended attributes of the one it will replace, where it can be."""
+    try:
+        there = os.stat(path)
+    except OSError:  # there is no file yet
+        return
+    for owner, group in ((there.st_uid, -1), (-1, there.st_gid)):
+        with suppress(OSError):  # only root gives files away, and others only to groups they are in
+            os.fchown(descriptor, owner, group)
+    with suppress(OSError):  # its disk knows no permissions
+        os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
+    if sys.platform != "linux":
+        return
+    with suppress(OSError):
+        for name in os.listxattr(path):
+            with suppress(OSError):  # one that only the system sets
+                os.setxattr(descriptor, name, os.getxattr(path, name))
+
+
+def _explained(error: BaseException, target: Location, folder: str = "") -> SourceError | None:
+    """Turn the operating system's word into a message that names the file and the remedy.
+
+    Args:
+        folder: where it was written to, when that is not the file's own.
+    """
     if not isinstance(error, OSError):
         return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        there = f"the disk of {folder}, where it is collected, is full" if folder else "the disk is full"
         return SourceError(
             target.path,
-            "the disk is full; nothing of this file was left behind",
-            "Free some space and run the same command again: finished shards are kept",
+            f"{there}; nothing of this file was left behind",
+            "Free some space and run the same command again: finished shards are kept"
+            + (" (TMPDIR names another folder)" if folder else ""),
         )
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not folder:
         return SourceError(
             target.path, "its folder cannot be written to", "Choose another output path or change the permissions"
         )
@@ -118,6 +150,22 @@ def clear_temporaries(folder: Location, stems: Collection[str] | None = None) ->
                 os.unlink(entry.path)
                 removed += 1
     return removed
+
+
+def can_append(schema: pa.Schema, id_col: str, written: Collection[str] | None = None) -> bool:
+    """Whether rows can be added that have an id and nothing else: every other column may be null.
+
+    Args:
+        written: the columns that are written; None for all.
+    """
+    others = [item for item in schema if item.name != id_col and (written is None or item.name in written)]
+    return all(item.nullable and not _unreadable_null(item.type) for item in others)
+
+
+def _unreadable_null(kind: pa.DataType) -> bool:
+    """Whether pyarrow cannot read a null back: of a struct with a list of fixed size in it (still so in 26)."""
+    below = [item.type for item in kind] if pa.types.is_struct(kind) else []
+    return any(pa.types.is_fixed_size_list(one) or _unreadable_null(one) for one in below)
 
 
 Slice = Callable[[np.ndarray], pa.Array]
@@ -163,15 +211,21 @@ def write_table(plan: TablePlan, target: Location, expected: Token | None, *, ch
             os.makedirs(target.parent, exist_ok=True)
         except OSError as error:
             raise _explained(error, target) or error from None
-    written = 0
-    with _output(plan) as (schema, tables), replacing(target, expected, check=check) as file:
-        # A dictionary can only cost time on vectors, which do not repeat.
-        flat = [item.name for item in schema if not pa.types.is_nested(item.type)]
-        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=flat) as writer:
+    with ExitStack() as stack:
+        if plan.source is not None:
+            parquet, raw = (
+                stack.enter_context(plan.source.open_parquet()),
+                stack.enter_context(plan.source.open_bytes()),
+            )
+            return Rewriting(plan, parquet, raw, stack.enter_context(replacing(target, expected, check=check))).write()
+        schema, tables = stack.enter_context(_output(plan))
+        file = stack.enter_context(replacing(target, expected, check=check))
+        written = 0
+        with pq.ParquetWriter(file, schema, **encoding_options(schema)) as writer:
             for table in tables:
                 writer.write_table(table)
                 written += table.num_rows
-    return written
+        return written
 
 
 def collect_table(plan: TablePlan) -> pa.Table:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
+import struct
+import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import curator_embed
 from curator_embed.errors import MissingExtra, SourceError
 from curator_embed.storage.location import Location
 from curator_embed.tables.provenance import Footer
@@ -130,6 +136,44 @@ def test_a_replaced_file_keeps_its_mode(tmp_path: Path) -> None:
     assert (tmp_path / "1.parquet").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_replaced_file_keeps_its_owner_its_group_and_its_attributes(tmp_path: Path) -> None:
+    path = tmp_path / "0.parquet"
+    path.write_bytes(b"old")
+    with suppress(PermissionError):  # only root gives files away
+        os.chown(path, 1234, -1)
+    os.chown(path, -1, 1234 if os.getuid() == 0 else os.getgroups()[-1])
+    path.chmod(0o2640)
+    # Read, write and execute for: the owner, user 4321, the group, at most, others.
+    entries = ((0x01, 6, -1), (0x02, 4, 4321), (0x04, 4, -1), (0x10, 4, -1), (0x20, 0, -1))
+    acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+    for name, value in (("user.origin", b"a crawl"), ("system.posix_acl_access", acl)):
+        with suppress(OSError):  # not every disk has them
+            os.setxattr(path, name, value)
+
+    def state() -> tuple[object, ...]:
+        found = path.stat()
+        attributes = {name: os.getxattr(path, name) for name in os.listxattr(path)}
+        return found.st_uid, found.st_gid, oct(found.st_mode), attributes
+
+    before = state()
+    with replacing(Location.of(str(path)), Location.of(str(path)).token()) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and state() == before
+
+
+def test_who_may_not_give_files_away_still_replaces_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def not_allowed(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    path = tmp_path / "0.parquet"
+    path.write_bytes(b"old")
+    path.chmod(0o664)
+    monkeypatch.setattr("curator_embed.tables.writing.os.fchown", not_allowed)
+    with replacing(Location.of(str(path)), Location.of(str(path)).token()) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o664
+
+
 def test_a_link_stays_and_its_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "a.parquet").write_bytes(b"old")
@@ -185,6 +229,66 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with said, replacing(location, None) as file:
         file.write(b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_files_are_collected_for_an_object_store_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    location = Location.of("memory://bucket/0.parquet")
+    said = pytest.raises(SourceError, match=rf"0\.parquet: the disk of {tempfile.gettempdir()}.*TMPDIR")
+    with said, replacing(location, None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert location.token() is None
+
+
+def test_nobody_else_writes_parquet() -> None:
+    """``write_table`` is the one writer; the demo makes its own input."""
+    package = Path(curator_embed.__file__).parent
+    ours = {"tables/writing.py", "tables/splicing.py", "cli/demo_data.py"}
+
+    def writes(path: Path) -> bool:
+        return any(
+            (isinstance(node, ast.Attribute) and node.attr in ("ParquetWriter", "to_parquet", "write_to_dataset"))
+            or (isinstance(node, ast.Name) and node.id == "ParquetWriter")
+            or (isinstance(node, ast.Attribute) and node.attr == "write_table" and ast.unparse(node.value) == "pq")
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+
+    found = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if writes(path)}
+    assert found == ours
+
+
+MEMORY = """
+import sys
+import numpy as np, pyarrow as pa
+from curator_embed.storage.location import Location
+from curator_embed.tables.provenance import Footer
+from curator_embed.tables.writing import NewColumn, TablePlan, write_table
+
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+
+def add(path, count):
+    column = NewColumn(pa.int64(), lambda rows: pa.array(rows))
+    location = Location.of(path)
+    plan = TablePlan(location, None, np.arange(count), None, np.empty(0, np.int64), {"n": column}, Footer())
+    write_table(plan, location, location.token())
+
+add(sys.argv[1], 1)
+before = peak()
+add(sys.argv[2], int(sys.argv[3]))
+print(peak() - before)
+"""
+
+
+def test_images_in_a_large_row_group_pass_through_little_memory(tmp_path: Path) -> None:
+    one, many = tmp_path / "0.parquet", tmp_path / "1.parquet"
+    images = np.random.default_rng(0)
+    pq.write_table(pa.table({"key": ["a"], "image": [b"x"]}), one)
+    keys = [str(n) for n in range(1000)]
+    pq.write_table(pa.table({"key": keys, "image": [images.bytes(100_000) for _ in keys]}), many)
+    assert pq.read_metadata(many).num_row_groups == 1
+    command = [sys.executable, "-c", MEMORY, str(one), str(many), "1000"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 30, "MB more for 100 MB of images"
 
 
 def test_a_file_that_is_no_parquet_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any, Literal
 
-from curator_embed.errors import CuratorEmbedError, SourceError, UsageError
+from curator_embed.errors import CuratorEmbedError, SourceError, UsageError, redact
 from curator_embed.sources.shard import Note, Shard
 from curator_embed.steps import Step
 from curator_embed.tables.provenance import Footer, counted
@@ -100,10 +100,13 @@ class FaultKind(StrEnum):
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a shard was set aside: ``kind`` for programs, ``message`` for people, whole as it stands."""
+    """Why a shard was set aside: ``kind`` for programs, ``message`` for people, whole and without credentials."""
 
     kind: FaultKind
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", redact(self.message))
 
     def __str__(self) -> str:
         return self.message

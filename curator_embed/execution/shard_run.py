@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curator_embed.errors import Reason, SourceError, UsageError
+from curator_embed.errors import Reason, SourceError, UsageError, redact_name
 from curator_embed.execution.carrying import carried_columns
 from curator_embed.execution.failing import error_codes, tally
 from curator_embed.execution.job import FailedRows, NothingReadable, ShardJob, ShardReport
@@ -331,11 +331,11 @@ class ShardRun:
         if self.todo and not report.embedded and not self.job.write_unreadable:
             raise NothingReadable(
                 f"{where}: not one of {report.failed} images could be read or embedded, the first is "
-                f"'{redact(key)}': {reason}{''.join(f'. {note.message}' for note in self.shard.notes())}"
+                f"'{key}': {reason}{''.join(f'. {note.message}' for note in self.shard.notes())}"
             )
         if self.job.on_error == "raise":
             raise FailedRows(
-                f"{where}: {report.failed} of {report.read} rows failed, the first is '{redact(key)}': {reason}. This "
+                f"{where}: {report.failed} of {report.read} rows failed, the first is '{key}': {reason}. This "
                 "shard was not written; use on_error='keep' or on_error='drop' to go on without them"
             )
 
@@ -372,7 +372,8 @@ class ShardRun:
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
                     raise SourceError(
                         self.shard.image_source() or self.shard.name,
-                        f"holds images whose keys ('{redact(keys[0])}', ...) do not fit the ids, which are {item.type}",
+                        f"holds images whose keys ('{redact_name(keys[0])}', ...) do not fit the ids, which are "
+                        f"{item.type}",
                         "Choose the id column that holds the keys, with id_col=",
                     ) from None
             else:
@@ -386,13 +387,14 @@ class ShardRun:
             self._note(
                 path,
                 f"{len(pairing.unequal)} ids occur a different number of times in the table and in the images "
-                f"('{redact(key)}': {rows} rows, {samples} images); their rows carry '{Reason.AMBIGUOUS_ID}'",
+                f"('{redact_name(key)}': {rows} rows, {samples} images); their rows carry '{Reason.AMBIGUOUS_ID}'",
             )
         if row_ids and self.keys and (pairing.sample_of_row < 0).all() and not pairing.unequal:
             self._note(
                 path,
-                f"no image has an id of the table's column '{self.job.id_col}' (table: '{redact(str(row_ids[0]))}', "
-                f"images: '{redact(self.keys[0])}'); choose another with id_col= and overwrite=True",
+                f"no image has an id of the table's column '{self.job.id_col}' (table: "
+                f"'{redact_name(str(row_ids[0]))}', images: '{redact_name(self.keys[0])}'); "
+                "choose another with id_col= and overwrite=True",
             )
         if len(pairing.orphans) and self.limit is None:
             what = "added as rows"
@@ -417,7 +419,7 @@ class ShardRun:
             if len(self.report.examples) == 5:
                 break
             if code is not None and code != Reason.NO_IMAGE:
-                self.report.examples.append((redact(str(ids[row])), code))
+                self.report.examples.append((redact_name(str(ids[row])), code))
 
     def _columns(
         self,

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from curator_embed.errors import Reason
+from curator_embed.errors import Reason, redact
 from curator_embed.sources.fitting import KnownFile, Twice
 
 
@@ -51,11 +51,15 @@ class StoredSample:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something worth telling about a shard that costs no row: a stale index, extra images."""
+    """Something worth telling about a shard that costs no row: a stale index, extra images. It shows no credentials."""
 
     shard: str
     path: str
     message: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", redact(self.path))
+        object.__setattr__(self, "message", redact(self.message))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,21 @@ class KeySplit(StrEnum):
     last = "last"
 
 
+class Links(StrEnum):
+    """What becomes of links that lead out of where the images lie."""
+
+    inside = "inside"
+    any = "any"
+
+
+class Urls(StrEnum):
+    """Which http(s) URLs rows may name."""
+
+    own = "own"
+    public = "public"
+    any = "any"
+
+
 _LIST = "Path lists: "
 
 log = logging.getLogger(__name__)
@@ -94,6 +109,23 @@ class SourceOptions(StorageOptions):
     images_per_file: Annotated[
         int | None, typer.Option(min=1, help="Path lists and folders: rows of an output file.  [default: 1024]")
     ] = None
+    links: Annotated[
+        Links,
+        typer.Option(
+            help="Single image files: links that lead out of --root or the folder are refused (inside) or followed "
+            "(any)."
+        ),
+    ] = Links.inside
+    urls: Annotated[
+        Urls,
+        typer.Option(
+            help="http(s) URLs that rows name. own: where the source is a list of URLs or lies on the web; public: any "
+            "public address; any: any address."
+        ),
+    ] = Urls.own
+    allow: Annotated[
+        list[str] | None, typer.Option(help="With --urls public: a network (10.1.0.0/16) that may be reached, too.")
+    ] = None
     batch_per_inference: Annotated[
         int | None,
         typer.Option(min=1, help="With --inference-per-file: rows of a file are --batch-size times this times that."),
@@ -147,7 +179,14 @@ class SourceOptions(StorageOptions):
         from curator_embed.storage.objects import ReadPolicy
 
         self._check(kind)
-        reading = ReadPolicy(in_flight=self.in_flight, timeout=self.timeout, retries=self.retries)
+        reading = ReadPolicy(
+            in_flight=self.in_flight,
+            timeout=self.timeout,
+            retries=self.retries,
+            links=self.links.value,
+            urls=self.urls.value,
+            allow=tuple(self.allow or ()),
+        )
         common: dict[str, Any] = {"metadata_path": self.metadata, "storage_options": storage}
         if kind is SourceKind.path_list:
             return ImageTextPairDataset.from_path_list(
@@ -228,6 +267,8 @@ class SourceOptions(StorageOptions):
                 ("dataset", "images_per_file", "batch_per_inference", "inference_per_file"),
             ),
             ((SourceKind.parquet,), ("image_col",)),
+            ((SourceKind.path_list, SourceKind.folder, SourceKind.parquet), ("links",)),
+            ((SourceKind.path_list, SourceKind.parquet), ("urls", "allow")),
             ((SourceKind.webdataset,), ("use_index_files", "key_split")),
         ):
             wrong = [] if kind in kinds else list(self.given(*names))

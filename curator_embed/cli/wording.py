@@ -37,10 +37,13 @@ _KEYWORD = re.compile(
     re.VERBOSE,
 )
 
+_READING = re.compile(r"reading=ReadPolicy\(([^()]*)\)")
+"""Its fields are options of their own."""
+
 
 def in_options(message: str) -> str:
     """Name the command's options where a message names keywords of Python calls."""
-    return _KEYWORD.sub(_as_option, message)
+    return _KEYWORD.sub(_as_option, _READING.sub(r"\1", message))
 
 
 def _as_option(found: re.Match[str]) -> str:

@@ -123,7 +123,8 @@ class ImageTextPairDataset:
         Args:
             path_file: the list, a local path or any fsspec URL. UTF-8; either kind of line ends.
             root: what the paths are below: a folder, or a bucket with or without a prefix (``s3://bucket``).
-                None: the lines are whole paths or URLs, or begin at the list's folder.
+                A line may be a whole path or URL below it. None: the lines begin at the list's folder, or are
+                http(s) URLs.
             dataset: the name that output files begin with, by default the list's own without its ending. Where
                 lines begin with ``{dataset}/``, that is no part of the path below ``root``.
             start_line: the first line wanted, counted from 0.
@@ -132,8 +133,8 @@ class ImageTextPairDataset:
             id_col: the column that holds the lines as they are.
             metadata_path: where parquet files of an earlier run lie, to add columns to them. By default
                 the folder ``{path_file}_metadata``, where ``save_metadata()`` puts them.
-            reading: how many images are read at a time, timeouts and retries.
-            storage_options: handed on to fsspec.
+            reading: how many images are read at a time, timeouts, retries, and whether links may lead elsewhere.
+            storage_options: handed on to fsspec, for what lies below ``root`` or else on the list's own host.
 
         Raises:
             UsageError: no such list, lines or root, or arguments that contradict each other.
@@ -228,7 +229,8 @@ class ImageTextPairDataset:
             image_col: the column of images, binary or a struct of ``bytes`` and ``path``; by default found by its
                 type and name.
             metadata_path: where parquet files of an earlier run lie, to add columns to them.
-            reading: for images that a struct names by path only: how many are read at a time, timeouts, retries.
+            reading: for images that a struct names by path only: how many are read at a time, timeouts, retries, and
+                what such paths may be.
             storage_options: handed on to fsspec.
 
         Raises:

@@ -27,7 +27,8 @@ from curator_embed.sources.shard import Fitted, Note, Sample, Shard, StoredSampl
 from curator_embed.sources.sniff import IMAGE_EXTENSIONS
 from curator_embed.storage import files
 from curator_embed.storage.files import natural_key, redact
-from curator_embed.storage.objects import ReadPolicy, Unread, read_many
+from curator_embed.storage.gate import Gate, Refusals, Unread
+from curator_embed.storage.objects import ReadPolicy, read_many
 
 SIDECARS = ("txt", "json")
 """Lower-case extensions of what is read beside an image of the same stem."""
@@ -140,12 +141,16 @@ class FolderShard(Shard):
         wanted = [e if extras else Entry(e.name, ()) for e in entries]
         reads = self._read(wanted)
         failures: list[Unread] = []
+        refusals, beside_refused = Refusals(), Refusals("captions or json files may not be opened, and count as null")
         good = unparsed = 0
         for entry in wanted:
             answer = next(reads)
             beside: dict[str, Any] = {}
             for sidecar in entry.sidecars:
                 data = next(reads)
+                if isinstance(data, Unread) and data.reason is Reason.REFUSED:
+                    beside_refused.add(entry.beside(sidecar), data)
+                    continue
                 try:
                     beside[sidecar.lower()] = _parsed(sidecar, data)
                 except ValueError:
@@ -153,6 +158,7 @@ class FolderShard(Shard):
             key = _key(entry.name)
             if isinstance(answer, Unread):
                 failures.append(answer)
+                refusals.add(entry.name, answer)
                 if not good and len(failures) == GIVE_UP_AFTER:
                     self._refuse_unreachable(failures)
                 yield Sample(key, None, answer.reason, answer.detail, beside)
@@ -163,6 +169,10 @@ class FolderShard(Shard):
             self._refuse_vanished()
         if unparsed:
             self._note(f"{unparsed} captions or json files cannot be read and count as null")
+        for refused in (refusals, beside_refused):
+            if refused.count:
+                self._note(refused.note())
+        failures = [failure for failure in failures if failure.reason is not Reason.REFUSED]
         if failures:
             self._note(f"{len(failures)} images were listed and cannot be read ({failures[0].detail})")
 
@@ -171,7 +181,7 @@ class FolderShard(Shard):
         return [_key(entry.name) for entry in self.entries()]
 
     def stored_samples(self, ordinals: Collection[int]) -> Iterator[StoredSample]:
-        """The files of some images and what lies beside them, byte for byte.
+        """The files of some images and what lies beside them, byte for byte; without what is refused.
 
         Raises:
             SourceError: a file cannot be read.
@@ -182,6 +192,8 @@ class FolderShard(Shard):
             members: list[tuple[str, bytes]] = []
             for name in (entry.name, *map(entry.beside, entry.sidecars)):
                 data = next(reads)
+                if isinstance(data, Unread) and data.reason is Reason.REFUSED:
+                    continue
                 if isinstance(data, Unread):
                     path = redact(files.join(self.folder.path, name))
                     raise SourceError(path, f"cannot be read ({data.detail})", "Restore it, or leave its row out")
@@ -284,8 +296,8 @@ class FolderShard(Shard):
 
     def _read(self, entries: Collection[Entry]) -> Iterator[bytes | Unread]:
         names = (name for e in entries for name in (e.name, *map(e.beside, e.sidecars)))
-        paths = (files.join(self.folder.path, name) for name in names)
-        return read_many(paths, self.folder.storage_options, self.folder.policy)
+        gate = Gate.of_folder(self.folder.path, self.folder.policy.links)
+        return read_many(map(gate.below, names), self.folder.storage_options, self.folder.policy)
 
     def _refuse_vanished(self) -> None:
         """A folder that is gone has no images of which each is missing for a reason of its own."""

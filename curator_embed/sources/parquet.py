@@ -16,14 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curator_embed.errors import SourceError, UsageError
+from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.sources.extras import id_text
 from curator_embed.sources.path_list import extension
 from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
 from curator_embed.sources.webdataset import expand_braces
 from curator_embed.storage import files
 from curator_embed.storage.files import StorageOptions, redact, unreadable
-from curator_embed.storage.objects import ReadPolicy, Unread, read_many
+from curator_embed.storage.gate import Gate, Refusals, Unread
+from curator_embed.storage.objects import ReadPolicy, read_many
 
 ROWS_AT_A_TIME = 64
 REMOTE_BLOCK_BYTES = 8 << 20
@@ -59,7 +60,7 @@ class ParquetShard(Shard):
     ) -> None:
         self.name, self.path, self.image_col = name, path, image_col
         self.id_col, self.own = id_col, own
-        self.storage_options, self.policy = dict(storage_options or {}), policy
+        self.storage_options, self.policy = dict(storage_options or {}), policy or ReadPolicy()
         self.table = path if own is None else None
         self.image_columns = (image_col,)
         self._notes: list[Note] = []
@@ -75,27 +76,31 @@ class ParquetShard(Shard):
     def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
         """Yield a sample a row, in order.
 
-        A row without bytes whose struct names a path has its image there: a URL, or a path that begins at the
-        parquet file's folder.
+        A row without bytes whose struct names a path has its image there, below the parquet file's folder. What else
+        such a path may be is for the gate to say (``Gate.of_parquet``).
 
         Raises:
             SourceError: no parquet file, a column is missing, or it cannot be read (on).
         """
         self._notes = []
         nameless = 0
+        gate, refusals = self._gate(), Refusals()
         with self._open() as parquet:
             for keys, images, paths in _one_ahead(self._batches(parquet, range(parquet.num_row_groups))):
                 elsewhere = [p for key, image, p in zip(keys, images, paths, strict=True) if key and not image and p]
-                reads = read_many(map(self._beside, elsewhere), self.storage_options, self.policy)
+                reads = read_many(map(gate.admit, elsewhere), self.storage_options, self.policy)
                 for key, image, path in zip(keys, images, paths, strict=True):
                     if not key:
                         nameless += 1
                         continue
                     answer = next(reads) if not image and path else image
                     if isinstance(answer, Unread):
+                        refusals.add(path or "", answer)
                         yield Sample(key, None, answer.reason, answer.detail)
                     else:
                         yield Sample(key, answer)
+        if refusals.count:
+            self._notes.append(Note(self.name, redact(self.path), refusals.note()))
         if nameless:
             what = f"{nameless} rows have no value in '{self.id_col}' and keep theirs without an image"
             self._notes.append(Note(self.name, redact(self.path), f"{what}; choose another with id_col="))
@@ -108,9 +113,12 @@ class ParquetShard(Shard):
     def stored_samples(self, ordinals: Collection[int]) -> Iterator[StoredSample]:
         """The encoded images of some rows, under the extension that their bytes call for.
 
+        A row whose image is named by a path, and is not there or refused, has no members.
+
         Raises:
             SourceError: the file cannot be read, or the image of a wanted row lies elsewhere and cannot be.
         """
+        gate = self._gate()
         with self._open() as parquet:
             rows = [row for row, key in enumerate(self._keys(parquet)) if key]
             wanted = {row: ordinal for ordinal, row in enumerate(rows) if ordinal in ordinals}
@@ -122,17 +130,17 @@ class ParquetShard(Shard):
                     for _, images, paths in self._batches(parquet, [group]):
                         for image, path in zip(images, paths, strict=True):
                             if row in wanted:
-                                yield StoredSample(wanted[row], self._member(image, path))
+                                yield StoredSample(wanted[row], self._member(image, path, gate))
                             row += 1
                 first = after
 
-    def _member(self, image: bytes | None, path: str | None) -> tuple[tuple[str, bytes], ...]:
+    def _member(self, image: bytes | None, path: str | None, gate: Gate) -> tuple[tuple[str, bytes], ...]:
         if not image and path:
-            (answer,) = read_many([self._beside(path)], self.storage_options, self.policy)
-            if isinstance(answer, Unread):
-                where = redact(self._beside(path))
+            (answer,) = read_many([gate.admit(path)], self.storage_options, self.policy)
+            if isinstance(answer, Unread) and answer.reason not in (Reason.NOT_FOUND, Reason.REFUSED):
+                where = gate.shown(path)
                 raise SourceError(where, f"cannot be read ({answer.detail})", "Restore it, or leave its row out")
-            image = answer
+            image = None if isinstance(answer, Unread) else answer
         return () if image is None else ((extension(path or "", image), image),)
 
     def table_path(self) -> str | None:
@@ -250,11 +258,9 @@ class ParquetShard(Shard):
         with self._naming():
             return [_key(value) for value in parquet.read(columns=[self.id_col]).column(self.id_col).to_pylist()]
 
-    def _beside(self, path: str) -> str:
-        """Where a path in the image column leads."""
-        if files.is_remote(path) or path.startswith(("/", "file://")):
-            return path
-        return files.join(self.path.rpartition("/")[0], path)
+    def _gate(self) -> Gate:
+        """What paths in the image column may open."""
+        return Gate.of_parquet(self.path, self.policy.links, self.policy.urls)
 
     def _row_id(self, row: int) -> str:
         return f"{self.name}_{row:08d}"

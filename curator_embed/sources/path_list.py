@@ -13,7 +13,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
@@ -22,15 +21,14 @@ from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
 from curator_embed.sources.sniff import sniff
 from curator_embed.storage import files
 from curator_embed.storage.files import ByteSource, open_source, redact
-from curator_embed.storage.objects import ReadPolicy, Unread, read_many
+from curator_embed.storage.gate import Gate, Place, Refusals, Unread, parent
+from curator_embed.storage.objects import ReadPolicy, read_many
 
 LINE_DIGITS = 9
 """Digits of line numbers in file names: they must not depend on how long the list is, or is going to be."""
 
 SCAN_BYTES = 8 << 20
 
-WRONG_ROOT_FROM = 8
-"""So many images, all missing, are no row's own fault."""
 GIVE_UP_AFTER = 32
 """Images that are tried before a store that answers none of them counts as out of reach."""
 
@@ -119,9 +117,9 @@ class PathList:
         path: the list, a local path or any fsspec URL.
         dataset: the first component of every line, which is no part of the real path, and the beginning of
             the shards' names.
-        root: what real paths are below: a folder, or a bucket with or without a prefix; None when lines are
-            whole paths or URLs, or begin at the list's own folder.
-        storage_options: for fsspec.
+        root: what all images lie below: a folder, or a bucket with or without a prefix. None: they lie below the
+            list's own folder, in its own bucket, or are http(s) URLs.
+        storage_options: for fsspec; below the root or, without one, for the list's own host only.
         policy: how images are read.
         part: the lines that were asked for, as ``Shard.part`` has it.
     """
@@ -133,16 +131,23 @@ class PathList:
     policy: ReadPolicy = field(default_factory=ReadPolicy)
     part: str = ""
 
-    def real_path(self, line: bytes) -> str:
-        """Where the image of a line lies: a local path, or a URL where ``root`` or the line is one."""
-        text = line.decode("utf-8", "surrogateescape").removeprefix(f"{self.dataset}/")
-        if self.root is None:
-            relative_to_list = not files.is_remote(text) and not text.startswith(("/", "~", "file://"))
-            return files.join(os.path.dirname(self.path), text) if relative_to_list else text
-        relative = text.lstrip("/")
-        if self.root.startswith(("http://", "https://")):
-            relative = quote(relative, safe="/", errors="surrogateescape")
-        return files.join(self.root, relative)
+    def gate(self) -> Gate:
+        """What the lines may open."""
+        if self.root is not None:
+            return Gate.of_root(self.root, self.policy.links)
+        return Gate.of_list(self.path, self.policy.links)
+
+    def named(self, line: bytes) -> str:
+        """What a line names, without the dataset's name."""
+        text = line.decode("utf-8", "surrogateescape")
+        if not text.startswith(f"{self.dataset}/"):
+            return text
+        text = text[len(self.dataset) + 1 :]
+        return text if self.root is None else text.lstrip("/")
+
+    def places(self, lines: Iterable[bytes], gate: Gate) -> Iterator[Place | Unread]:
+        """Where the image of each line lies, or why it may not be opened."""
+        return map(gate.admit, map(self.named, lines))
 
 
 class PathListShard(Shard):
@@ -174,13 +179,13 @@ class PathListShard(Shard):
     @property
     def images_below(self) -> str:  # type: ignore[override]
         """The root, or the list's folder."""
-        return redact(self.listed.root or os.path.dirname(self.listed.path))
+        return redact(self.listed.root or parent(self.listed.path))
 
     def samples(self, *, id_col: str, extras: bool = False) -> Iterator[Sample]:
         """Yield a sample a line, in order, reading many images at a time.
 
         Raises:
-            SourceError: the list has changed since it was opened, or not one of the images can be read for
+            SourceError: the list has changed since it was opened, or none of the first images can be read for
                 reasons that are not their own (the bucket, the network, the permissions).
         """
         self._notes = []
@@ -188,10 +193,10 @@ class PathListShard(Shard):
         root = self.listed.root
         if root is not None and not files.is_remote(root) and not os.path.isdir(files.local_path(root)):
             raise SourceError(root, "no such folder", "Say with root= where the images of the list lie")
-        reads = read_many(
-            map(self.listed.real_path, filter(None, lines)), self.listed.storage_options, self.listed.policy
-        )
+        gate = self.listed.gate()
+        reads = self._read(filter(None, lines), gate)
         failures: list[Unread] = []
+        refusals = Refusals()
         good = 0
         for line in lines:
             key = as_text(line)
@@ -201,38 +206,36 @@ class PathListShard(Shard):
             answer = next(reads)
             if isinstance(answer, Unread):
                 failures.append(answer)
+                refusals.add(key, answer)
                 if not good and len(failures) == GIVE_UP_AFTER:
                     self._refuse_unreachable(failures)
                 yield Sample(key, None, answer.reason, answer.detail)
             else:
                 good += 1
                 yield Sample(key, answer)
-        if failures and not good:
-            self._refuse_unreachable(failures)
-            self._refuse_wrong_root(failures, lines)
-        self._tell(good, failures, lines)
+        self._tell(good, failures, refusals, lines)
 
     def keys(self, *, id_col: str) -> list[str]:
         """The lines, in order; no image is read."""
         return [as_text(line) for line in self._lines()]
 
     def stored_samples(self, ordinals: Collection[int]) -> Iterator[StoredSample]:
-        """The files of some lines, byte for byte; a line whose file is not there has no members.
+        """The files of some lines, byte for byte; a line whose file is not there, or is refused, has no members.
 
         Raises:
             SourceError: a file is there and cannot be read.
         """
         wanted = [(n, line) for n, line in enumerate(self._lines()) if n in ordinals]
-        paths = [self.listed.real_path(line) for _, line in wanted if line]
-        reads = read_many(paths, self.listed.storage_options, self.listed.policy)
+        gate = self.listed.gate()
+        reads = self._read((line for _, line in wanted if line), gate)
         for ordinal, line in wanted:
             answer = next(reads) if line else Unread(Reason.NO_IMAGE, "")
             if isinstance(answer, bytes):
                 yield StoredSample(ordinal, ((extension(as_text(line), answer), answer),))
-            elif answer.reason in (Reason.NOT_FOUND, Reason.NO_IMAGE):
+            elif answer.reason in (Reason.NOT_FOUND, Reason.NO_IMAGE, Reason.REFUSED):
                 yield StoredSample(ordinal, ())
             else:
-                path = redact(self.listed.real_path(line))
+                path = gate.shown(self.listed.named(line))
                 raise SourceError(path, f"cannot be read ({answer.detail})", "Restore it, or leave its row out")
 
     def table_path(self) -> str | None:
@@ -266,6 +269,13 @@ class PathListShard(Shard):
         """What the last pass over ``samples`` noticed."""
         return list(self._notes)
 
+    def _read(self, lines: Iterable[bytes], gate: Gate) -> Iterator[bytes | Unread]:
+        return read_many(self.listed.places(lines, gate), self.listed.storage_options, self.listed.policy)
+
+    def _looked_for(self, lines: list[bytes]) -> str:
+        """Where the first image was looked for."""
+        return self.listed.gate().shown(self.listed.named(next(filter(None, lines))))
+
     def _lines(self) -> list[bytes]:
         lines = self.lines
         with open_source(self.listed.path, self.listed.storage_options, block_bytes=1 << 20) as source:
@@ -291,29 +301,36 @@ class PathListShard(Shard):
                 "Check root=, the permissions and the connection, and run again: finished files are kept",
             )
 
-    def _refuse_wrong_root(self, failures: list[Unread], lines: list[bytes]) -> None:
-        """Where many paths below one root lead nowhere, and none anywhere, the root is wrong and not the images."""
-        if self.listed.root is not None and len(failures) >= WRONG_ROOT_FROM:
-            first = redact(self.listed.real_path(next(filter(None, lines))))
-            raise SourceError(
-                redact(self.listed.path),
-                f"not one of the {len(failures)} images of lines {self.lines.start} to {self.lines.end} is there; the "
-                f"first was looked for at {first}",
-                "Check root= and dataset=; if these images are gone, leave the lines out",
-            )
-
-    def _tell(self, good: int, failures: list[Unread], lines: list[bytes]) -> None:
+    def _tell(self, good: int, failures: list[Unread], refusals: Refusals, lines: list[bytes]) -> None:
+        if refusals.count:
+            self._note(refusals.note())
+        asked = good + len(failures)
+        missing = sum(failure.reason == Reason.NOT_FOUND for failure in failures)
         unreachable = [failure for failure in failures if failure.reason == Reason.READ_ERROR]
-        if failures and not good:
-            first = redact(self.listed.real_path(next(filter(None, lines))))
+        if failures and not good and not refusals.count:
+            first = self._looked_for(lines)
             self._note(f"not one image is there; the first was looked for at {first}. Check root= and dataset=")
-        elif len(failures) - len(unreachable) > good:
+        elif missing > good:
             self._note(
-                f"{len(failures) - len(unreachable)} of {good + len(failures)} images are not there. If root= or "
-                "dataset= was wrong, right it and run again with overwrite=True"
+                f"{missing} of {asked} images are not there. If root= or dataset= was wrong, correct it and run again "
+                "with overwrite=True"
             )
         elif unreachable:
             self._note(f"{len(unreachable)} images cannot be read ({unreachable[0].detail})")
+        self._tell_of_options(lines)
+
+    def _tell_of_options(self, lines: list[bytes]) -> None:
+        listed = self.listed
+        if listed.root is not None or files.is_remote(listed.path) or not files.for_the_web(listed.storage_options):
+            return
+        for line in lines:
+            if line.startswith((b"http://", b"https://")):
+                host = redact("/".join(as_text(line).split("/")[:3]))
+                self._note(
+                    "headers and credentials in storage_options go to no host that only lines name. If they are for "
+                    f"{host}, pass root='{host}'"
+                )
+                return
 
     def _note(self, message: str) -> None:
         self._notes.append(Note(self.name, redact(self.listed.path), message))
@@ -408,6 +425,8 @@ def find_lines(
         root = os.path.abspath(files.local_path(os.fspath(root)))
         if not os.path.isdir(root):
             raise UsageError(f"{root}: no such folder. Say with root= where the images of the list lie")
+    elif root is not None:
+        files.filesystem(os.fspath(root), storage_options)  # what it lacks is said now, and not row by row
     with open_source(listing, storage_options) as source:
         ranges = index_lines(source, images_per_file, start_line, end_line)
     if not ranges:

@@ -15,9 +15,12 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from difflib import get_close_matches
+from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
 from curator_embed.errors import MissingExtra, SourceError, UsageError
+from curator_embed.errors import redact as redact  # where paths are, this is looked for
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -38,6 +41,13 @@ _EXTRAS = {
     "http": ("aiohttp", "http"),
     "https": ("aiohttp", "http"),
 }
+
+_WEB = ("http", "https")
+_FSSPEC_OPTIONS = {
+    *("use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", "asynchronous", "loop"),
+    *("batch_size", "protocol"),
+}
+"""Options that fsspec takes for every file system."""
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -72,12 +82,6 @@ def join(base: str, *parts: str) -> str:
     return "/".join((base.rstrip("/") if base.strip("/") else base.removesuffix("/"), *parts))
 
 
-def redact(text: str) -> str:
-    """Take user names, passwords and signed queries out of every URL in ``text``."""
-    text = re.sub(r"(\w+://)[^/?\s]+@", r"\1", text)  # to the last @: passwords may hold one
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\")]*", r"\1", text)
-
-
 def natural_key(path: str) -> tuple[list[list[str | int]], str]:
     """Sort key under which 2 comes before 10, folder by folder; ties go by the plain text."""
     pieces = [[int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", s))] for s in path.split("/")]
@@ -94,17 +98,94 @@ def filesystem(path: str, storage_options: StorageOptions = None) -> tuple[Abstr
         MissingExtra: the package for this kind of URL is not installed.
         UsageError: no file system goes by this protocol, or it refuses the storage options.
     """
+    import fsspec
     from fsspec.core import url_to_fs
 
+    options = dict(storage_options or {})
+    if not is_remote(path):  # not as a URL: fsspec would take '::' in a file's name for a chain of them
+        local = fsspec.filesystem("file", **options)
+        return local, str(local._strip_protocol(path))
+    protocol = path.rpartition("::")[2].partition("://")[0]
     try:
-        fs, inner = url_to_fs(path, **(storage_options or {}))
+        if options and "::" not in path:
+            _check_options(protocol, options)
+            if protocol in _WEB:
+                from curator_embed.storage.guard import client_of_origin
+
+                host = re.split("[/?#]", path.partition("://")[2], maxsplit=1)[0].rpartition("@")[2]
+                options.setdefault("get_client", client_of_origin(f"{protocol}://{host}"))
+        fs, inner = url_to_fs(path, **options)
+    except UsageError:
+        raise
     except ImportError as exc:
-        protocol = path.rpartition("::")[2].partition("://")[0]
         package, extra = _EXTRAS.get(protocol, (f"the fsspec package for {protocol}://", "all"))
         raise MissingExtra(package, extra, f"Reading {protocol}:// paths") from exc
-    except (ValueError, TypeError) as exc:
+    except (ValueError, TypeError, KeyError) as exc:
         raise UsageError(f"{redact(path)}: cannot be opened: {redact(str(exc))}") from exc
     return fs, inner
+
+
+def _check_options(protocol: str, options: Mapping[str, Any]) -> None:
+    """What no file system of this kind takes would come up as a fault of the network, long after. Raises UsageError."""
+    taken = _options_taken(protocol)
+    for name in options:
+        if taken and name not in taken:
+            near = get_close_matches(name, taken, 1)
+            raise UsageError(
+                f"storage_options has '{name}', which is no option for {protocol}:// paths"
+                + (f"; did you mean '{near[0]}'?" if near else f". They take: {', '.join(sorted(taken))}")
+            )
+
+
+@cache
+def _options_taken(protocol: str) -> frozenset[str]:
+    """Names of the options for S3 and the web; empty for other protocols, and where names are not all known."""
+    import inspect
+
+    from fsspec import get_filesystem_class
+
+    if protocol not in (*_WEB, "s3", "s3a"):
+        return frozenset()
+    made = [get_filesystem_class(protocol).__init__]
+    if protocol in _WEB:
+        from aiohttp import ClientSession
+
+        made.append(ClientSession._request)
+    else:
+        from botocore.session import Session
+
+        made.append(Session.__init__)
+    names = {name for function in made for name in inspect.signature(function).parameters}
+    return frozenset(names | _FSSPEC_OPTIONS) - {"self", "kwargs", "storage_options", "method", "str_or_url"}
+
+
+def for_the_web(options: Mapping[str, Any]) -> bool:
+    """Whether storage options hold what a web server is to be sent."""
+    names = {*options, *(options.get("client_kwargs") or {})}
+    return not names.isdisjoint({"headers", "auth", "cookies"})
+
+
+def open_web(public: tuple[str, ...] | None) -> AbstractFileSystem:
+    """A file system for http(s) URLs on any host. It has no options: no host gets headers or credentials of the user's.
+
+    Args:
+        public: connect to public addresses only, and to these networks. None: to any address.
+
+    Raises:
+        MissingExtra: aiohttp is not installed.
+    """
+    import fsspec
+
+    # Said one by one, because fsspec's own configuration may hold headers and credentials.
+    plain: dict[str, Any] = {"client_kwargs": {}, "headers": {}, "auth": None, "cookies": None}
+    try:
+        if public is not None:
+            from curator_embed.storage.guard import public_client
+
+            plain["get_client"] = public_client(public)
+        return fsspec.filesystem("http", **plain)
+    except ImportError as exc:
+        raise MissingExtra(*_EXTRAS["http"], "Reading http:// paths") from exc
 
 
 def unreadable(path: str, exc: BaseException, at: int | None = None) -> SourceError:
@@ -230,7 +311,7 @@ def glob_files(pattern: str, storage_options: StorageOptions = None) -> list[str
         found = fs.glob(inner)
     except Exception as exc:
         raise unreadable(pattern, exc) from None
-    return sorted((as_url(pattern, p) for p in found), key=natural_key)
+    return sorted((_as_listed(pattern, p) for p in found), key=natural_key)
 
 
 def normal(path: str, storage_options: StorageOptions = None) -> str:
@@ -254,7 +335,19 @@ def _list_remote(folder: str, storage_options: StorageOptions, recursive: bool) 
         raise unreadable(folder, exc) from None
     base = inner.rstrip("/") + "/"
     visible = (p for p in found if not any(s.startswith(".") for s in p.removeprefix(base).split("/")))
-    return [as_url(folder, path) for path in visible]
+    return [_as_listed(folder, path) for path in visible]
+
+
+def _as_listed(like: str, inner: str) -> str:
+    """``as_url`` of a name in a listing. Some servers list what they like, and fsspec would open chains of URLs.
+
+    Raises:
+        SourceError: the name would be one.
+    """
+    url = as_url(like, inner)
+    if url.count("::") > like.count("::"):
+        raise SourceError(redact(url), "fsspec would take '::' in its name for a chain of URLs", "Rename it")
+    return url
 
 
 def _list_local(folder: str, recursive: bool) -> list[str]:
@@ -264,7 +357,7 @@ def _list_local(folder: str, recursive: bool) -> list[str]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                if _is_dir(entry):
                     if recursive and not entry.is_symlink():
                         found += _list_local(entry.path, True)
                 else:
@@ -272,6 +365,13 @@ def _list_local(folder: str, recursive: bool) -> list[str]:
     except OSError as exc:
         raise unreadable(folder, exc) from exc
     return found
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself: whoever reads it says so
+        return False
 
 
 def read_all(path: str, storage_options: StorageOptions = None) -> bytes:

@@ -52,6 +52,8 @@ PYTHON_ONLY = {
         ("another column name (prefix=...)", "another column name (--prefix ...)"),
         ("Without DALI goes decoder='cpu'; ", "Without DALI goes --decoder cpu; "),
         ("with limit=5.", "with --limit 5."),
+        ("pass reading=ReadPolicy(links='any')", "pass --links any"),
+        ("pass reading=ReadPolicy(urls='public', allow=...) w", "pass --urls public, --allow ... w"),
         # not the command's to say
         ("overwrite=False", "overwrite=False"),
         ("max_shards=0", "max_shards=0"),

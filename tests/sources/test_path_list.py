@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.sources import path_list
 from curator_embed.sources.path_list import PathListShard, find_lines, index_lines
-from curator_embed.storage.objects import ReadPolicy, Unread, read_many
+from curator_embed.storage.gate import Gate, Unread
+from curator_embed.storage.objects import ReadPolicy, read_many
 
 
 class Bytes:
@@ -163,11 +164,12 @@ def test_reads_keep_their_order_and_their_bounds(tmp_path: Path) -> None:
     for n in range(40):
         (tmp_path / f"{n}").write_bytes(bytes([n]) * 1000)
     asked: list[int] = []
+    gate = Gate.of_root(str(tmp_path))
 
     def paths():
         for n in range(60):
             asked.append(n)
-            yield str(tmp_path / f"{n}")
+            yield gate.below(f"{n}")
 
     reads = read_many(paths(), policy=ReadPolicy(threads=2, buffered_bytes=10_000_000))
     first = next(reads)
@@ -184,8 +186,9 @@ def test_reads_through_file_systems_of_both_kinds(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for n in range(20):
         memory.pipe_file(f"/many/{n}.jpg", b"%d" % n)
-    answers = list(read_many([f"memory://many/{n}.jpg" for n in range(21)], policy=ReadPolicy(retries=0)))
+    gate = Gate.of_root("memory://many")
+    answers = list(read_many([gate.below(f"{n}.jpg") for n in range(21)], policy=ReadPolicy(retries=0)))
     assert answers[:20] == [b"%d" % n for n in range(20)]
     assert isinstance(answers[20], Unread)
     with pytest.raises(UsageError):
-        list(read_many(["nosuch://x/y"]))
+        list(read_many([Gate.of_root("nosuch://x").below("y")]))

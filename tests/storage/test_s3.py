@@ -23,6 +23,7 @@ from curator_embed.execution.report import RunReport
 from curator_embed.execution.run import RunStopped
 from curator_embed.sources.folder import find_images
 from curator_embed.sources.path_list import find_lines
+from curator_embed.storage.gate import Gate
 from curator_embed.storage.objects import ReadPolicy, read_many
 from curator_embed.storage.s3 import S3Options
 from curator_embed.storage.s3_store import GIVE_UP_AFTER, fast_bucket
@@ -408,7 +409,7 @@ def test_keys_that_obstore_would_change(server: str) -> None:
     for key in ("a.png", "/a.png", "only.png", "b//c.png"):
         fs.call_s3("put_object", Bucket="slashes", Key=key, Body=key.encode())
     asked = ("a.png", "/a.png", "/only.png", "b//c.png")
-    found = list(read_many([f"s3://slashes/{key}" for key in asked], options(server)))
+    found = list(read_many(map(Gate.of_root("s3://slashes").below, asked), options(server)))
     assert [answer if isinstance(answer, bytes) else answer.reason for answer in found] == [
         b"a.png", b"/a.png", Reason.NOT_FOUND, b"b//c.png",
     ]  # fmt: skip
@@ -426,7 +427,7 @@ def test_keys_that_are_given_go_without_the_environments_token(
 
     with FaultyProxy(server, by_headers=refuse_tokens) as proxy:
         given = {**options(proxy.url), "key": "mine", "secret": "too"}
-        (found,) = read_many(["s3://photos/images/0/0 ü.jpg"], given)
+        (found,) = read_many([Gate.of_root("s3://photos").below("images/0/0 ü.jpg")], given)
     assert isinstance(found, bytes) and tokens == [None]
 
 
@@ -435,7 +436,8 @@ def test_a_stalled_way_is_given_up(server: str, stored: Path) -> None:
         return "stall" if "object_store" in headers.get("User-Agent", "") else ""
 
     with FaultyProxy(server, by_headers=stall_obstore, stall=5.0) as proxy:
-        paths = [f"s3://photos/images/{n % 4}/{n} ü.jpg" for n in range(30)]
+        gate = Gate.of_root("s3://photos/images")
+        paths = [gate.below(f"{n % 4}/{n} ü.jpg") for n in range(30)]
         policy = ReadPolicy(in_flight=4, threads=1, timeout=1.0)
         found = list(read_many(paths, options(proxy.url, timeout=30.0), policy))
         assert all(isinstance(answer, bytes) for answer in found)

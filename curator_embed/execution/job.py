@@ -129,7 +129,7 @@ def fault_of(error: Exception, path: str) -> Fault:
     if isinstance(error, OSError):
         known = SourceError(path, f"cannot be read ({error})", "Check that it exists and may be read")
         return Fault(FaultKind.UNUSABLE, str(known))
-    log.warning("%s: unexpected error", path, exc_info=error)
+    log.warning("%s: unexpected error", redact(path), exc_info=error)
     return Fault(
         FaultKind.UNUSABLE,
         f"{path}: could not be worked on ({type(error).__name__}: {error}). The log has the details; the other shards "

@@ -26,6 +26,7 @@ PYTHON_ONLY = {
     "key",
     "max_shards",  # of to_webdataset, which no command calls
     "old_id_col",
+    "reading",  # its fields are options
     "samples_per_shard",
 }
 """Keywords in messages that no command can lead to."""

@@ -72,11 +72,9 @@ def test_a_wrong_root_is_no_output(client: Client, listing: Path, tmp_path: Path
     (tmp_path / "elsewhere").mkdir()
     wrong = ImageTextPairDataset.from_path_list(listing, root=tmp_path / "elsewhere", dataset="laion")
     with pytest.raises(
-        RunStopped, match=r"not one of 22 images could be read or embedded, the first is 'laion/"
-    ) as stopped:
+        RunStopped, match=r"not one of 22 images could be read or embedded, .*elsewhere/0/0\.jpg.*root="
+    ):
         ColourEmbedder()(wrong).save_metadata(str(tmp_path / "out"), progress=False)
-    assert "the first was looked for at" in str(stopped.value.report.notes)
-    assert f"{tmp_path}/elsewhere/0/0.jpg. Check root=" in str(stopped.value.report.notes)
     assert not list((tmp_path / "out").glob("*.parquet"))
 
 

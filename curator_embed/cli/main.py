@@ -111,6 +111,15 @@ KeepColumns = Annotated[
         "The id and the new columns always come along.",
     ),
 ]
+State = Annotated[
+    str | None,
+    typer.Option(
+        "--state",
+        metavar="DIR",
+        help="Folder for reports, locks and what else a run keeps; by default beside the parquet files' own folder, "
+        "named like it with '.curator_embed'. Give the same one to every run on these files.",
+    ),
+]
 Properties = Annotated[
     bool,
     typer.Option(
@@ -188,6 +197,7 @@ def embed(
         bool, typer.Option("--certify", help="Compare the preprocessing with the model's own on your images.")
     ] = False,
     keep_column: KeepColumns = None,
+    state: State = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="With --output: work on the first so many rows only.")
     ] = None,
@@ -216,7 +226,7 @@ def embed(
     check_models(name for name, _ in wanted)
     check_weights(files.values())
     measured = _column_steps(hash or [], hash_size, properties, prefix)
-    pending = source.open(src, output=output, batch_size=batch_size)
+    pending = source.open(src, output=output, state=state, batch_size=batch_size)
     # Only now torch: all that can be wrong without it has been told.
     from curator_embed.embedders import TimmImageEmbedder
 
@@ -253,6 +263,7 @@ def embed(
             overwrite=overwrite,
             certify=certify,
             limit=limit,
+            state=state,
             progress=not quiet and not as_json,
         )
         log(in_options(str(report)))
@@ -277,6 +288,7 @@ def columns(
         OnError, typer.Option(help="Rows whose image fails: keep them with a reason, drop them, or end the run.")
     ] = OnError.keep,
     keep_column: KeepColumns = None,
+    state: State = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="With --output: work on the first so many rows only.")
     ] = None,
@@ -295,7 +307,7 @@ def columns(
     if not steps:
         raise UsageError("nothing to compute: give --hash KIND (several times for several) or --properties")
     where.check()
-    pending: ImageTextPairDataset = source.open(src, output=output)
+    pending: ImageTextPairDataset = source.open(src, output=output, state=state)
     for step in steps:
         pending = step(pending)
     with source.logging(src) as log, where.client():
@@ -305,6 +317,7 @@ def columns(
             on_error=on_error.value,
             overwrite=overwrite,
             limit=limit,
+            state=state,
             progress=not quiet and not as_json,
         )
         log(in_options(str(report)))
@@ -319,6 +332,7 @@ def info(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read all ids as well, and find columns that were made for other ids.")
     ] = False,
+    state: State = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a dataset or an output holds: shards, rows, columns, how each column was made, and what failed.
@@ -327,7 +341,7 @@ def info(
 
     Of a path list or a folder of images, --metadata names the output; by default it is the one beside.
     """
-    described = source.describe(src, verify=verify)
+    described = source.describe(src, verify=verify, state=state)
     typer.echo(json.dumps(described.to_dict(), indent=2, ensure_ascii=False) if as_json else str(described))
 
 

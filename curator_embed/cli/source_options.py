@@ -138,18 +138,22 @@ class SourceOptions(StorageOptions):
         str | None, typer.Option(help="Folder for a log of this run, '{dataset}_{process_index}.txt'.")
     ] = None
 
-    def open(self, src: str, *, output: str | None = None, batch_size: int = 1) -> ImageTextPairDataset:
+    def open(
+        self, src: str, *, output: str | None = None, state: str | None = None, batch_size: int = 1
+    ) -> ImageTextPairDataset:
         """Open the source.
 
         Args:
             output: where the command writes: options for S3 hold there, too.
+            state: where it keeps reports and locks; the same holds.
             batch_size: of the command, for ``--batch-per-inference``.
 
         Raises:
             UsageError: options that contradict each other or do not belong to such a source, or nothing there.
         """
-        storage = self.storage(src, self.root, self.metadata, output)
+        storage = self.storage(src, self.root, self.metadata, output, state)
         check_place(output, storage)
+        check_place(state, storage)
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage)
         opened = self._opened(src, kind, storage, batch_size)
         if output is not None:
@@ -166,13 +170,13 @@ class SourceOptions(StorageOptions):
             )
         return opened
 
-    def describe(self, src: str, *, verify: bool = False) -> DatasetDescription:
+    def describe(self, src: str, *, verify: bool = False, state: str | None = None) -> DatasetDescription:
         """What the source holds; an output of a run, which has no images, serves as well."""
         from curator_embed.datasets.describing import describe_dataset
 
-        storage = self.storage(src, self.root, self.metadata)
+        storage = self.storage(src, self.root, self.metadata, state)
         kind = self.source if self.source is not SourceKind.auto else detect(src, storage, outputs=True)
-        return describe_dataset(self._opened(src, kind, storage, 1), src, kind, verify=verify)
+        return describe_dataset(self._opened(src, kind, storage, 1), src, kind, verify=verify, state=state)
 
     def _opened(self, src: str, kind: SourceKind, storage: dict[str, Any], batch_size: int) -> ImageTextPairDataset:
         from curator_embed.datasets import ImageTextPairDataset

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from curator_embed.sources.shard import Shard
 from curator_embed.storage.files import redact
+from curator_embed.storage.location import Location
+from curator_embed.tables.bookkeeping import Bookkeeping
 from curator_embed.tables.judge import outdated as outdated_of
+from curator_embed.tables.lock import holder
 from curator_embed.tables.provenance import Footer, canonical_json
 from curator_embed.tables.shard_table import ShardTable, facts_of
 
@@ -30,12 +34,16 @@ class DatasetDescription:
 
     Attributes:
         path: as it was named, without passwords and signatures.
-        kind: "webdataset", "path-list", "folder" or "parquet".
+        kind: "webdataset", "path-list", "folder" or "parquet"; "output" of tables alone that runs have written.
         shards: in all; a run writes a file for each.
         tars: shards whose images lie in a tar of their own.
         images: lines of a list, images of a folder; None where only reading would tell.
         images_below: the root of a path list.
-        tables: parquet files that are there; ``tables_in`` is the folder where they are, or would be written to.
+        tables: parquet files that are there; ``tables_in`` is the folder where they are, or would be written to: of
+            several the one that holds them all, and ``tables_folders`` is their number.
+        bookkeeping: where reports and locks of these folders lie, as far as there are any.
+        last_run: when the last of these reports was written, UTC; empty without one.
+        held_by: who is writing to one of these folders now; empty when nobody is.
         rows: of these tables.
         columns: name -> type, of the first table.
         made: column -> ways it was made, each with the number of files.
@@ -53,6 +61,10 @@ class DatasetDescription:
     images_below: str
     tables: int = 0
     tables_in: str = ""
+    tables_folders: int = 1
+    bookkeeping: list[str] = field(default_factory=list)
+    last_run: str = ""
+    held_by: str = ""
     rows: int = 0
     columns: dict[str, str] = field(default_factory=dict)
     made: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -84,6 +96,12 @@ class DatasetDescription:
             )
         if self.verified and not self.outdated:
             lines.append("verified: all columns were made for the ids of their rows")
+        if self.bookkeeping:
+            last = f", last run {self.last_run}" if self.last_run else ""
+            others = f" and {len(self.bookkeeping) - 1:,} more" if len(self.bookkeeping) > 1 else ""
+            lines.append(f"reports: in {self.bookkeeping[0]}{others}{last}")
+        if self.held_by:
+            lines.append(f"in use: {self.held_by}")
         lines += [f"problem: {problem}" for problem in self.problems[:SHOWN_PROBLEMS]]
         if (more := len(self.problems) - SHOWN_PROBLEMS) > 0:
             lines.append(f"problem: ... and {more:,} more")
@@ -93,19 +111,20 @@ class DatasetDescription:
         parts = [self.kind, _count(self.shards, "shard")]
         if self.images is not None:
             parts.append(_count(self.images, "line" if self.kind == "path-list" else "image"))
-        elif self.kind == "webdataset":
+        elif self.kind in ("webdataset", "output"):
             parts.append(_count(self.tars, "tar") if self.tars else "tables alone")
         if self.images_below:
             parts.append(f"images below {self.images_below}")
         return f"{self.path}: {', '.join(parts)}"
 
     def _tables(self) -> str:
+        where = f"in {self.tables_in}"
+        if self.tables_folders > 1:
+            where = f"in {self.tables_folders:,} folders below {self.tables_in}"
         if not self.tables:
-            return f"tables: none yet in {self.tables_in}"
+            return f"tables: none yet {where}"
         missing = f" for {self.shards:,} shards" if self.tables < self.shards else ""
-        return (
-            f"tables: {_count(self.tables, 'parquet file')}{missing}, {_count(self.rows, 'row')}, in {self.tables_in}"
-        )
+        return f"tables: {_count(self.tables, 'parquet file')}{missing}, {_count(self.rows, 'row')}, {where}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -123,7 +142,7 @@ def _in_words(recipe: Mapping[str, Any]) -> str:
 
 
 def describe_dataset(
-    dataset: ImageTextPairDataset, path: str, kind: str, *, verify: bool = False
+    dataset: ImageTextPairDataset, path: str, kind: str, *, verify: bool = False, state: str | None = None
 ) -> DatasetDescription:
     """Describe a dataset from its shards' names and its tables' footers; no image is read.
 
@@ -131,8 +150,10 @@ def describe_dataset(
         path: as the user named it.
         kind: of its source.
         verify: read the ids of every table as well, and say of which columns they are no longer the ids.
+        state: where reports and locks lie, when they do not lie beside the tables.
     """
     shards = dataset.shards
+    folders = list(dict.fromkeys(_folder(shard) for shard in shards))
     listed = [shard.row_estimate() for shard in shards if shard.by_position]
     found = DatasetDescription(
         path=redact(path),
@@ -141,9 +162,12 @@ def describe_dataset(
         tars=sum((shard.image_source() or "").lower().endswith(".tar") for shard in shards),
         images=sum(count or 0 for count in listed) if listed else None,
         images_below=shards[0].images_below,
-        tables_in=redact((shards[0].table_path() or shards[0].own_table() or "").rpartition("/")[0]),
+        tables_in=redact(_common(folders)),
+        tables_folders=len(folders),
         verified=verify,
     )
+    tables_alone = kind == "webdataset" and all(shard.image_source() is None for shard in shards)
+    outputs = 0
     recipes: dict[str, Counter[str]] = {}
     stale: dict[str, Counter[str]] = {}
     sums: Counter[str] = Counter()
@@ -158,6 +182,7 @@ def describe_dataset(
                 continue
             found.tables += 1
             found.rows += look.rows
+            outputs += bool(look.footer.output)
             if not found.columns:
                 found.columns = {item.name: str(item.type) for item in look.schema}
             for name, made in look.footer.columns.items():
@@ -176,7 +201,40 @@ def describe_dataset(
     }
     found.counts = {key: sums.get(key, 0) for key in ("read", "embedded", "failed", "no_image")}
     found.counts["reasons"] = dict(sorted(reasons.items()))
+    if tables_alone and outputs == found.tables > 0:
+        found.kind = "output"
+    _describe_bookkeeping(found, folders, state, dataset.storage_options)
     return found
+
+
+def _folder(shard: Shard) -> str:
+    return (shard.table_path() or shard.own_table() or "").rpartition("/")[0]
+
+
+def _common(folders: Sequence[str]) -> str:
+    """The folder that holds all of these."""
+    levels = zip(*(folder.split("/") for folder in folders), strict=False)
+    return "/".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _describe_bookkeeping(
+    found: DatasetDescription, folders: Sequence[str], state: str | None, options: Mapping[str, Any]
+) -> None:
+    """Find the reports and locks of these folders; one that cannot be looked at is a problem."""
+    for folder in folders:
+        try:
+            book = Bookkeeping.of(Location.of(folder, options), state, options)
+            reports = book.names("report-")
+            if reports or book.names(""):
+                found.bookkeeping.append(redact(book.place.path))
+            last = book.read(reports[-1]) if reports else None
+            if isinstance(last, dict):
+                found.last_run = max(found.last_run, str(last.get("finished") or ""))
+            found.held_by = found.held_by or holder(book)
+        except Exception as error:  # every file system has exceptions of its own
+            found.problems.append(redact(str(error)))
+        if state is not None:
+            return  # one place for all of them
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from curator_embed.execution.driver import Driver
 from curator_embed.execution.job import FaultKind
 from curator_embed.execution.report import RunReport
 from curator_embed.execution.work import Work
+from curator_embed.sources.nesting import check_state
 from curator_embed.sources.shard import Shard
 from curator_embed.storage.files import is_remote, local_path, redact
 from curator_embed.storage.location import Location
@@ -59,8 +60,8 @@ class Held:
 
     Attributes:
         folders: in an order that all runs share.
-        books: the bookkeeping of each.
-        locks: of each.
+        books: the bookkeeping of each, or the one place that was chosen for all.
+        locks: of each of these.
         stems: the outputs that are this run's; None for all of a folder.
     """
 
@@ -103,7 +104,11 @@ def hold(
     """
     for folder in folders:
         check_writable(folder)
-    books = [Bookkeeping.of(folder, state, storage_options) for folder in folders]
+    if state is not None:
+        check_state(state, [folder.path for folder in folders if folder.is_local], storage_options)
+        check_writable(Location.of(state, storage_options))
+    places = [Bookkeeping.of(folder, state, storage_options) for folder in folders]
+    books = list({book.place.path: book for book in places}.values())  # a chosen place is one for several folders
     with ExitStack() as stack:
         yield Held(folders, books, [stack.enter_context(OutputLock(book, part)) for book in books], stems)
 

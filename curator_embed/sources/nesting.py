@@ -133,6 +133,24 @@ def check_output(
     return folder
 
 
+def check_state(state: str, folders: Sequence[str], storage_options: StorageOptions = None) -> None:
+    """Refuse a place for reports and locks that lies in a folder of parquet files: readers of it would meet them.
+
+    Args:
+        folders: that are written to.
+
+    Raises:
+        UsageError: it lies there.
+    """
+    place = resolved(state, storage_options)
+    for folder in folders:
+        if is_within(place, resolved(folder, storage_options)):
+            raise UsageError(
+                f"state={redact(state)!r} lies in the folder of the parquet files ({redact(folder)}), whose readers "
+                "would meet what is kept there. Choose a folder outside, or leave state= out"
+            )
+
+
 def _is_found(
     output: str, source: str, given: Input, writes: Literal["tables", "tars"], options: StorageOptions
 ) -> bool:

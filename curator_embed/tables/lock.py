@@ -199,6 +199,15 @@ class OutputLock:
         return True
 
 
+def holder(book: Bookkeeping) -> str:
+    """Who is writing to a folder now, in words; empty when nobody is."""
+    for name in book.names("lock"):
+        owner = book.read(name)
+        if isinstance(owner, dict) and _alive(owner):
+            return f"process {owner.get('pid')} on {owner.get('host')}, started {owner.get('started')}"
+    return ""
+
+
 def _locked(folder: str, owner: dict[str, Any]) -> OutputLocked:
     return OutputLocked(
         f"{folder}: another run holds this output: process {owner.get('pid')} on "

@@ -22,6 +22,7 @@ from curator_embed.cli.main import app
 from curator_embed.errors import CuratorEmbedError
 from curator_embed.execution.gpus import why_no_gpu
 from curator_embed.storage.location import Location
+from curator_embed.tables.bookkeeping import Bookkeeping
 from curator_embed.tables.lock import OutputLock
 from tests.command import REPO, Ran, start
 from tests.rows import table_rows, tar_members
@@ -96,6 +97,42 @@ def test_every_option_reaches_the_run(run: Run, source: Path, tmp_path: Path) ->
     assert recipe["batch_shape"] == [5, 3, 96, 96]
     assert (recipe["dtype"], recipe["compile"], recipe["device"]) == ("float16", False, "cpu")
     assert recipe["decoder"] == "cpu"
+
+
+def test_reports_and_locks_lie_where_they_shall(run: Run, source: Path, tmp_path: Path) -> None:
+    out, state = tmp_path / "out", tmp_path / "kept" / "here"
+    asked = ("columns", source, "--hash", "phash", "--output", out, "--state", state, "--quiet")
+    assert run(*asked).status == 0
+    assert {path.suffix for path in out.iterdir()} == {".parquet"} and not Path(f"{out}.curator_embed").exists()
+    assert [path.name.partition("-")[0] for path in state.iterdir()] == ["report"]
+    told = json.loads(run("info", out, "--state", state, "--json").out)
+    assert told["bookkeeping"] == [str(state)] and told["last_run"].startswith("20") and told["held_by"] == ""
+    assert f"reports: in {state}, last run 20" in run("info", out, "--state", state).out
+    assert json.loads(run("info", out, "--json").out)["bookkeeping"] == []
+    with OutputLock(Bookkeeping.of(Location.of(str(out)), str(state))):
+        refused = run(*asked)
+        assert refused.status == 3 and "another run holds this output" in refused.err
+        assert f"in use: process {os.getpid()} on " in run("info", out, "--state", state).out
+    assert "1 skipped" not in run(*asked).out and "2 skipped" in run(*asked).out
+    for wrong in (out / "state", out):
+        refused = run(*asked[:-2], wrong, "--quiet")
+        assert refused.status == 2 and f"--state {wrong}" in refused.err and "leave --state out" in refused.err
+    assert run(*asked[:-3], "--quiet").status == 0, "left out, as the message says"
+    (tmp_path / "file").touch()
+    refused = run(*asked[:-2], tmp_path / "file", "--quiet")
+    assert refused.status == 2 and f"{tmp_path / 'file'}: cannot write there" in refused.err
+
+
+def test_reports_in_one_place_of_several_folders(
+    run: Run, source: Path, tmp_path: Path, wheel_photos: list[Path]
+) -> None:
+    write_dataset(source / "deeper", wheel_photos, shards=1, samples=2)
+    ran = run("columns", source, "--hash", "phash", "--state", tmp_path / "state", "--json", "--quiet")
+    assert ran.status == 0 and json.loads(ran.out)["shards"]["done"] == 3, ran.err
+    assert not list(tmp_path.rglob("*.curator_embed"))
+    told = json.loads(run("info", source, "--state", tmp_path / "state", "--json").out)
+    assert (told["tables"], told["tables_in"], told["tables_folders"]) == (3, str(source), 2)
+    assert "in 2 folders below" in run("info", source).out
 
 
 def test_a_certificate_is_printed(run: Run, source: Path, tmp_path: Path) -> None:

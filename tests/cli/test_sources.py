@@ -93,7 +93,7 @@ def test_info_of_a_list_and_of_a_folder(run: Run, images: Path, tmp_path: Path) 
     assert "path-list, 3 shards, 10 lines, images below" in text
     assert f"tables: 2 parquet files for 3 shards, 8 rows, in {out}" in text and "8 read, 8 embedded" in text
     told = json.loads(run("info", out, "--json").out)
-    assert (told["kind"], told["shards"], told["tars"], told["rows"]) == ("webdataset", 2, 0, 8)
+    assert (told["kind"], told["shards"], told["tars"], told["rows"]) == ("output", 2, 0, 8)
 
     assert run("columns", images / "images", "--properties", "--quiet").status == 0
     text = run("info", images / "images").out

@@ -105,7 +105,7 @@ def hold(
     for folder in folders:
         check_writable(folder)
     if state is not None:
-        check_state(state, [folder.path for folder in folders if folder.is_local], storage_options)
+        check_state(state, [f.path if f.is_local else f.fs.unstrip_protocol(f.path) for f in folders], storage_options)
         check_writable(Location.of(state, storage_options))
     places = [Bookkeeping.of(folder, state, storage_options) for folder in folders]
     books = list({book.place.path: book for book in places}.values())  # a chosen place is one for several folders

@@ -70,7 +70,7 @@ class EmbeddingWork(Work):
         self.threads = {"decode": job.decode_threads}
         self._finished, self._rows = finished, rows or {}
         self._held: dict[int, int | None] = {}  # position -> the limit it was read with
-        self._held_rows, self._first_held = 0, ""
+        self._held_rows, self._first_held = 0, (len(shards), "")
         self._limit_now: int | None = None
 
     def finished(self) -> Iterator[ShardReport]:
@@ -98,7 +98,7 @@ class EmbeddingWork(Work):
         held, self._held = self._held, {}
         job = dataclasses.replace(self.job, write_unreadable=True)
         if self.limit is None:
-            yield Round(self._groups(list(held), workers), EmbeddingJob(job))
+            yield Round(self._groups(sorted(held), workers), EmbeddingJob(job))
         else:
             for position, limit in held.items():
                 yield Round([(position,)], EmbeddingJob(job, limit))
@@ -116,7 +116,7 @@ class EmbeddingWork(Work):
         """Not one row of this shard was embedded. That is its own images' fault only if others can be read."""
         self._held[position] = self._limit_now
         self._held_rows += report.read
-        self._first_held = self._first_held or str(report.fault)
+        self._first_held = min(self._first_held, (position, str(report.fault)))
 
     def place(self, position: int) -> str:
         """Where the shard's images are."""
@@ -130,5 +130,5 @@ class EmbeddingWork(Work):
         which = "the shard" if len(self._held) == 1 else f"the first of {len(self._held)} shards"
         return (
             "nothing of the dataset could be embedded, so nothing was written: not one image of it could be read or "
-            f"used. {which[0].upper()}{which[1:]}: {self._first_held}. Correct that and run again"
+            f"used. {which[0].upper()}{which[1:]}: {self._first_held[1]}. Correct that and run again"
         )

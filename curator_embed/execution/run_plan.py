@@ -121,6 +121,7 @@ def make_plan(
     needed = {position for found in surveys for position in found.todo}
     not_needed = frozenset(range(len(steps))) - needed
     job = dataclasses.replace(job, not_needed=not_needed, dimensions=_dimensions(job, surveys))
+    surveys = [dataclasses.replace(found, footer=found.footer.only_counts()) for found in surveys]
     plan = RunPlan(job, list(shards), surveys, versions=versions)
     open_rows = [known[position] for position in plan.todo]
     plan.rows = sum(rows or 0 for rows in open_rows)

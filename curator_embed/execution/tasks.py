@@ -16,7 +16,7 @@ from distributed import Client, Future
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
 from curator_embed.execution.work import Job, Unit
-from curator_embed.execution.worker import TaskReport, WorkerUnfit, run_task
+from curator_embed.execution.worker import TaskReport, WorkerUnfit, pack, run_task
 
 RESULT_WITHIN_S = 60.0
 """A finished task's reports are fetched from its worker in this time, or the worker has died with them."""
@@ -64,6 +64,7 @@ class Tasks:
     def __init__(self, client: Client, run_id: str) -> None:
         self._client, self._run_id = client, run_id
         self._tickets: dict[str, _Ticket] = {}
+        self._packed: tuple[Job | None, bytes] = (None, b"")  # the last job
         self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
 
     def submit(
@@ -86,13 +87,25 @@ class Tasks:
         where = None if only_on is None else list(only_on)
         try:
             future = self._client.submit(
-                run_task, list(units), list(given), job, self._run_id, chance, pure=False, workers=where
+                run_task,
+                pack(list(units)),
+                list(given),
+                self._pack(job),
+                self._run_id,
+                chance,
+                pure=False,
+                workers=where,
             )
         except RuntimeError as error:  # a closed client
             raise SchedulerGone(str(error)) from None
         self._tickets[str(future.key)] = _Ticket(future, given)
         future.add_done_callback(self._finished.put)
         return str(future.key)
+
+    def _pack(self, job: Job) -> bytes:
+        if job is not self._packed[0]:
+            self._packed = job, pack(job)
+        return self._packed[1]
 
     def drop(self, keys: Iterable[str]) -> None:
         """Nobody needs these any more. Dask lets those that run go on to their end; nothing is heard of them."""

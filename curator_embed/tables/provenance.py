@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -113,6 +114,15 @@ def _pairing_of_0_1_0(samples: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+_NOTHING: dict[str, Any] = {}
+"""The empty part of many footers, which nobody changes."""
+
+
+def _interned(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts whose names are the same objects in every shard's."""
+    return {sys.intern(k): (_interned(v) if v else _NOTHING) if isinstance(v, dict) else v for k, v in counts.items()}
+
+
 @dataclass(frozen=True)
 class Footer:
     """Our entry in a parquet file's key-value metadata.
@@ -162,6 +172,11 @@ class Footer:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
         return found if value["format"] == FORMAT else _of_0_1_0(found)
+
+    def only_counts(self) -> Footer:
+        """The counts without all else, in little memory: a run keeps this of every shard."""
+        counts, dropped = (_interned(found) if found else _NOTHING for found in (self.counts, self.dropped))
+        return Footer(_NOTHING, counts, _NOTHING, self.id_col, _NOTHING, self.rows, dropped)
 
     def accounted(self) -> dict[str, Any]:
         """The counts, with the rows that the output was made without."""

@@ -6,11 +6,13 @@ Its workers die, break and hang as a test says, and it does with their tasks wha
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from distributed.protocol.pickle import loads
 from distributed.scheduler import KilledWorker
 
 from curator_embed.execution.job import Fault, FaultKind, ShardReport
@@ -152,7 +154,7 @@ class SimulatedCluster:
         self, function: Any, units: Any, given: Any, job: Any, run: str, chance: int, *, pure: bool, workers: Any
     ) -> SimulatedFuture:
         self._keys += 1
-        task = SimulatedFuture(self, f"task-{self._keys}", units, chance, workers)
+        task = SimulatedFuture(self, f"task-{self._keys}", loads(zlib.decompress(units)), chance, workers)
         self._place(task)
         return task
 

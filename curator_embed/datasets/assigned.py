@@ -76,8 +76,8 @@ class AssignJob(UnitJob):
             return report
         if not self.job.overwrite:
             _refuse(target, [name for name in names if name in there and before.get(name) != made[name]])
-        if target.stored.unfaithful:
-            raise UsageError(f"{target.stored.path}: {target.stored.unfaithful}. Write into a new folder")
+        if (conflict := target.unfaithful()) is not None:
+            raise UsageError(f"{conflict}. {conflict.advice}")
         ids = target.ids(self.job.id_col)
         rows = self._rows_of(ids.text, ids_as_text(table.column(self.job.id_col)), unit)
         positions = pa.array(rows, mask=rows < 0)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from curator_embed.errors import SourceError, UsageError
 from curator_embed.execution.job import ShardJob, ShardReport
-from curator_embed.execution.survey import look, survey
+from curator_embed.execution.survey import look, survey, unfaithful
 from curator_embed.sources.path_list import cut_otherwise, to_fit
 from curator_embed.sources.shard import Shard
 from curator_embed.steps import BatchStep, Settings, Step
@@ -117,7 +117,8 @@ def make_plan(
     if overwriting is not None:
         left = overwriting.begin(versions).versions
         shards = [shard.replacing(left.get(shard.name)) for shard in shards]
-    surveys = [survey(job, shard, limit, seen)[0] for shard, seen in zip(shards, looks, strict=True)]
+    judged = [survey(job, shard, limit, seen) for shard, seen in zip(shards, looks, strict=True)]
+    surveys = _refuse_unfaithful(job, shards, judged)
     needed = {position for found in surveys for position in found.todo}
     not_needed = frozenset(range(len(steps))) - needed
     job = dataclasses.replace(job, not_needed=not_needed, dimensions=_dimensions(job, surveys))
@@ -133,6 +134,28 @@ def make_plan(
     plan.settings = {name: _settings(step) for step in steps for name in step.columns()}
     plan.overlapping = _overlapping(job, plan.shards)
     return plan
+
+
+def _refuse_unfaithful(
+    job: ShardJob, shards: Sequence[Shard], judged: Sequence[tuple[Judgement, Seen]]
+) -> list[Judgement]:
+    """The judgements, with a conflict where a table could not be written back as it is.
+
+    One of each kind of table is looked at, because the tables of a dataset are much alike; workers look at every one.
+    """
+    kinds: dict[tuple[str, ...], Conflict | None] = {}
+    found: list[Judgement] = []
+    for shard, (judgement, seen) in zip(shards, judged, strict=True):
+        table = seen.target if job.output is None else seen.table
+        schema = None if table is None or judgement.done else table.stored.schema
+        if schema is not None:
+            kind = tuple(schema.names)
+            if kind not in kinds:
+                kinds[kind] = unfaithful(job, shard, judgement, seen)
+            if (conflict := kinds[kind]) is not None and judgement.conflict is None:
+                judgement = dataclasses.replace(judgement, todo=(), conflict=conflict)
+        found.append(judgement)
+    return found
 
 
 def _refuse_without_images(job: ShardJob, looks: Sequence[Seen]) -> None:

@@ -21,7 +21,7 @@ from curator_embed.errors import Reason, SourceError, UsageError, redact_name
 from curator_embed.execution.carrying import carried_columns
 from curator_embed.execution.failing import error_codes, tally
 from curator_embed.execution.job import FailedRows, NothingReadable, ShardJob, ShardReport
-from curator_embed.execution.survey import survey, wanted
+from curator_embed.execution.survey import survey, unfaithful, wanted
 from curator_embed.execution.values import embedded_values, image_values, own_values, unsound_ordinals, vector_dtype
 from curator_embed.pipeline.pipeline import OpenShard, Pipeline
 from curator_embed.sources.shard import Note, Sample, Shard
@@ -40,7 +40,7 @@ from curator_embed.tables.pairing import (
 )
 from curator_embed.tables.provenance import ERROR_COLUMN, ERROR_RECIPE, Entry, Footer
 from curator_embed.tables.shard_table import NO_IDS, Ids, ShardTable
-from curator_embed.tables.writing import NewColumn, TablePlan, TargetChanged, collect_table
+from curator_embed.tables.writing import NewColumn, TablePlan, TargetChanged, can_append, collect_table
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class ShardRun:
         found, seen = survey(job, self.shard, self.limit)
         if found.conflict is not None:
             raise UsageError(f"{found.conflict}. {found.conflict.advice}")
+        if (conflict := unfaithful(job, self.shard, found, seen)) is not None:
+            raise UsageError(f"{conflict}. {conflict.advice}")
         self.target, self.facts = seen.target, seen.facts
         if found.done:
             self.report = self._of_finished(found.footer)
@@ -320,7 +322,7 @@ class ShardRun:
         """Whether images that no row knows get rows of their own."""
         if self.job.output is None or self.limit is not None or self.table is None:
             return False
-        return all(item.nullable for item in self._schema() if item.name != self.job.id_col)
+        return can_append(self._schema(), self.job.id_col, self._selected(self._schema()))
 
     def _refuse_failures(self) -> None:
         report = self.report
@@ -401,8 +403,7 @@ class ShardRun:
             if self.job.output is None:
                 what = "left out: pass an output path to get rows for them"
             elif not self._adds_rows():
-                required = next(i.name for i in self._schema() if not i.nullable and i.name != self.job.id_col)
-                what = f"left out: the table's column '{required}' takes no nulls"
+                what = "left out: a column of the table takes no nulls; name the others with columns="
             self._note(path, f"{len(pairing.orphans)} images have no row in the table, {what}")
 
     def _note(self, path: str, message: str) -> None:

@@ -6,6 +6,7 @@ from curator_embed.errors import UsageError
 from curator_embed.execution.job import ShardJob
 from curator_embed.sources.shard import Shard
 from curator_embed.storage.files import redact
+from curator_embed.tables.conflicts import Conflict
 from curator_embed.tables.judge import Asked, Judgement, Wanted
 from curator_embed.tables.provenance import ERROR_COLUMN
 from curator_embed.tables.shard_table import Seen
@@ -64,6 +65,22 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Seen | N
         if found[0].done:
             return found
     return _judged(job, shard, seen, asked(job, limit))
+
+
+def unfaithful(job: ShardJob, shard: Shard, found: Judgement, seen: Seen) -> Conflict | None:
+    """What of the table could not be written back as it is; None where nothing is to be written, or all of it can be.
+
+    Apart from ``survey``: it reads more of the footer than that, about 50 microseconds a column and row group.
+    """
+    table = seen.target if job.output is None else seen.table
+    if found.done or found.conflict is not None or table is None or not table.exists:
+        return None
+    if job.output is None:
+        return table.unfaithful() if found.todo else None
+    made = {name for position in found.todo for name in job.steps[position].columns()} | {ERROR_COLUMN}
+    names = [] if table.stored.schema is None else table.stored.schema.names
+    kept = names if job.select is None else (job.id_col, *job.select)
+    return table.unfaithful([name for name in kept if name not in made and name not in shard.image_columns])
 
 
 def _judged(job: ShardJob, shard: Shard, seen: Seen, what: Asked) -> tuple[Judgement, Seen]:

@@ -192,7 +192,6 @@ class Stored:
         rows: how many it has; may be known without the schema.
         footer: our entry in it.
         damaged: why it cannot be read, where there is one that cannot.
-        unfaithful: why it cannot be written back as it is; empty when it can.
         mark: what changes when it is replaced (size and mtime, or etag); None where that is not known.
     """
 
@@ -201,7 +200,6 @@ class Stored:
     rows: int | None = None
     footer: Footer = field(default_factory=Footer)
     damaged: str = ""
-    unfaithful: str = ""
     mark: Mapping[str, Any] | None = None
 
 
@@ -250,8 +248,6 @@ def judge_in_place(there: Stored, asked: Asked, facts: Facts) -> Judgement:
         return refused(status.kind, status.why)
     if asked.wanted and not asked.overwrite and _foreign_errors(there.schema, footer):
         return refused(ConflictKind.FOREIGN_COLUMN, f"column '{ERROR_COLUMN}' {_DOES_NOT_SAY}")
-    if status.todo and there.unfaithful:
-        return refused(ConflictKind.UNFAITHFUL, there.unfaithful, _ANOTHER_PATH)
     return Judgement(status.todo, not status.todo, None, footer, there.rows)
 
 
@@ -371,7 +367,6 @@ def _as_tables(output: str) -> str:
 _DOES_NOT_SAY = "is already there and does not say what made it"
 _CHOOSE_IDS = "Choose the id column with id_col="
 _RESTORE_IMAGES = "Restore the images, or leave this shard out"
-_ANOTHER_PATH = "Nothing was changed. Write the new columns into files of their own: save_metadata(PATH, columns=[])"
 _OWN_TABLE = "Leave the output path out to add columns to it, or choose another"
 _COLUMNS_ADDED = (
     "is already there, without the note of how its rows were chosen: version 0.1.0 added columns to it since, and "

@@ -6,7 +6,7 @@ Runs, exports and assigned columns all come here, so that what one of them leave
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,9 +18,11 @@ from curator_embed.errors import SourceError
 from curator_embed.sources.shard import Shard
 from curator_embed.storage.files import fingerprint, redact
 from curator_embed.storage.location import Location, Token
+from curator_embed.tables.conflicts import Conflict, ConflictKind
 from curator_embed.tables.judge import Asked, Facts, Judgement, Stored, judge_in_place, judge_output, same_mark
 from curator_embed.tables.pairing import ids_as_text, ids_digest
 from curator_embed.tables.provenance import ERROR_COLUMN, Footer
+from curator_embed.tables.rewriting import LEAVE_OUT, faithful
 from curator_embed.tables.writing import TablePlan, TargetChanged, write_table
 
 
@@ -145,6 +147,15 @@ class ShardTable:
             "no_image": no_image,
             "reasons": dict(sorted(reasons.items())),
         }
+
+    def unfaithful(self, columns: Collection[str] | None = None) -> Conflict | None:
+        """What stands in the way of writing the file's columns back as they are; None where nothing does.
+
+        Args:
+            columns: those that are written back; None for all, as in place.
+        """
+        why = faithful(self.location, columns) if self.exists else ""
+        return Conflict(ConflictKind.UNFAITHFUL, self.stored.path, why, LEAVE_OUT) if why else None
 
     def write(self, plan: TablePlan, *, from_table: ShardTable | None = None) -> int:
         """Put a new version in this file's place, whole or not at all.

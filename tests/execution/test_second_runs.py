@@ -350,8 +350,9 @@ def test_an_image_without_a_row_is_counted_where_a_column_takes_no_nulls(
     pq.write_table(pa.table({"key": ["a", "b"], "label": [1, 2]}, schema=schema), folder / "0.parquet")
     report = embed(folder, tmp_path / "out")
     assert (report.read, report.embedded, report.images_without_row) == (2, 2, 1)
-    assert any("'label' takes no nulls" in note for note in report.notes)
+    assert any("a column of the table takes no nulls" in note for note in report.notes)
     assert not pq.read_schema(tmp_path / "out" / "0.parquet").field("label").nullable
+    assert embed(folder, tmp_path / "without", columns=[]).read == 3, "the way that the note names"
 
 
 @pytest.mark.parametrize("raw", [b'{"format": 2, "columns": []}', b'{"format": 1, "columns": {"a": {"samples": 3}}}'])
@@ -472,3 +473,20 @@ def test_every_reader_takes_the_folder_itself(source: Path, tmp_path: Path, read
     else:
         rows = pq.read_table(out).num_rows
     assert rows == 10
+
+
+# -- what cannot be written back as it was -------------------------------------------------
+
+
+def test_a_table_that_cannot_be_copied_is_refused_before_anything_is_written_and_the_remedy_works(
+    source: Path, tmp_path: Path
+) -> None:
+    from tests.tables.test_fidelity import elsewhere
+
+    elsewhere(source / "00001.parquet")  # a column whose bytes lie in another file
+    before = {p.name: p.read_bytes() for p in source.glob("*.parquet")}
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(UsageError, match=r"00001\.parquet: column 'far' cannot be copied.*columns=\["):
+            embed(source, **options)  # type: ignore[arg-type]
+    assert {p.name: p.read_bytes() for p in source.glob("*.parquet")} == before
+    assert embed(source, tmp_path / "out", columns=[]).shards["done"] == 2

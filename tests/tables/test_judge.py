@@ -145,7 +145,7 @@ def table(*names: str, rows: int = 5, **fields: Any) -> Stored:
     footer = dataclasses.replace(
         footer, **{k: v for k, v in fields.items() if k in ("output", "table", "columns", "rows")}
     )
-    rest = {k: v for k, v in fields.items() if k in ("damaged", "unfaithful", "mark")}
+    rest = {k: v for k, v in fields.items() if k in ("damaged", "mark")}
     return Stored("/d/0.parquet", schema, rows, footer, **rest)
 
 
@@ -176,21 +176,16 @@ def test_in_place_rows_that_somebody_added_are_worked_on() -> None:
     (table("key", "key"), ConflictKind.NO_ID_COLUMN),
     (table("key", ERROR_COLUMN, columns={}), ConflictKind.FOREIGN_COLUMN),
     (table("key", "a", columns={}), ConflictKind.FOREIGN_COLUMN),
-    (table("key", unfaithful="column 't' is INT96"), ConflictKind.UNFAITHFUL),
 ])  # fmt: skip
 def test_in_place_refusals(there: Stored, kind: ConflictKind) -> None:
     found = judge_in_place(there, ASKED, FACTS)
     assert found.conflict is not None and found.conflict.kind is kind and not found.done
 
 
-@pytest.mark.parametrize("there", [table("caption"), table("key", "key"), table("key", unfaithful="INT96")])
+@pytest.mark.parametrize("there", [table("caption"), table("key", "key")])
 def test_in_place_what_overwriting_cannot_mend_stays_refused(there: Stored) -> None:
     found = judge_in_place(there, dataclasses.replace(ASKED, overwrite=True), FACTS)
     assert found.conflict is not None and not found.conflict.overwritable
-
-
-def test_in_place_nothing_to_write_needs_no_faithful_file() -> None:
-    assert judge_in_place(table(*DONE, unfaithful="column 't' is INT96"), ASKED, FACTS).done
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -268,4 +268,4 @@ def _look(shard: Shard, dataset: ImageTextPairDataset, verify: bool) -> _Look:
                     outdated.setdefault(name, "was made for other ids, or for the same ids in another order")
         return _Look(stored.schema, stored.rows or 0, stored.footer, outdated)
     except Exception as error:
-        return _Look(problem=redact(str(error) if path in str(error) else f"{path}: {error}"))
+        return _Look(problem=redact(str(error) if redact(path) in str(error) else f"{path}: {error}"))

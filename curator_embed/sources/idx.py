@@ -15,15 +15,13 @@ from typing import Any, NamedTuple
 from curator_embed.errors import SourceError
 from curator_embed.sources.grouping import group_members, split_name
 from curator_embed.sources.tar import BLOCK, BadHeader, Member, TarScan, parse_header
+from curator_embed.storage.byte_source import ByteSource, open_source, read_all
 from curator_embed.storage.files import (
-    ByteSource,
     StorageOptions,
     exists,
     is_remote,
     local_path,
     modified,
-    open_source,
-    read_all,
     redact,
     remote_info,
     write_whole,

@@ -20,9 +20,11 @@ from curator_embed.errors import Reason, SourceError, UsageError
 from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
 from curator_embed.sources.sniff import sniff
 from curator_embed.storage import files
-from curator_embed.storage.files import ByteSource, open_source, redact
+from curator_embed.storage.byte_source import ByteSource, open_source
+from curator_embed.storage.files import redact
 from curator_embed.storage.gate import Gate, Place, Refusals, Unread, parent
 from curator_embed.storage.objects import ReadPolicy, read_many
+from curator_embed.storage.options import for_the_web
 
 LINE_DIGITS = 9
 """Digits of line numbers in file names: they must not depend on how long the list is, or is going to be."""
@@ -321,7 +323,7 @@ class PathListShard(Shard):
 
     def _tell_of_options(self, lines: list[bytes]) -> None:
         listed = self.listed
-        if listed.root is not None or files.is_remote(listed.path) or not files.for_the_web(listed.storage_options):
+        if listed.root is not None or files.is_remote(listed.path) or not for_the_web(listed.storage_options):
             return
         for line in lines:
             if line.startswith((b"http://", b"https://")):
@@ -390,10 +392,15 @@ def as_text(line: bytes) -> str:
 
 
 def extension(name: str, data: bytes) -> str:
-    """The extension of a file name without its dot, or one for what the bytes are when it has none."""
+    """The extension of a file name without its dot, or one for what the bytes are when the name has no plain one.
+
+    A name may be a URL: its query, which may be signed, is no extension.
+    """
     suffix = os.path.splitext(name)[1][1:].lower()
+    if suffix.isascii() and suffix.isalnum() and len(suffix) <= 8:
+        return suffix
     kind = sniff(data) or "bin"
-    return suffix or {"jpeg": "jpg", "jpeg2000": "jp2", "pnm": "ppm"}.get(kind, kind)
+    return {"jpeg": "jpg", "jpeg2000": "jp2", "pnm": "ppm"}.get(kind, kind)
 
 
 def find_lines(

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from curator_embed.errors import SourceError
-from curator_embed.storage.files import ByteSource, redact
+from curator_embed.storage.byte_source import ByteSource
+from curator_embed.storage.files import redact
 
 BLOCK = 512
 MAX_EXTENSION_BYTES = 1 << 20

@@ -34,7 +34,8 @@ from curator_embed.sources.shard import Note, Sample, Shard, StoredSample
 from curator_embed.sources.sniff import SNIFF_BYTES, sniff
 from curator_embed.sources.tar import Member, TarScan
 from curator_embed.storage import files
-from curator_embed.storage.files import ByteSource, StorageOptions, open_source, redact
+from curator_embed.storage.byte_source import ByteSource, open_source
+from curator_embed.storage.files import StorageOptions, redact
 
 UseIndex = Literal["auto"] | bool
 

@@ -265,7 +265,8 @@ class Gate:
         if protocol not in _STORES:
             return self._refused(Refusal.NONSENSE, f"no row may name a place by '{protocol[:20]}://'")
         detail = f"lies outside {redact(self.base)}"
-        return self._refused(Refusal.STORE, detail, f"{protocol}://{rest.partition('/')[0]}")
+        host = redact_name(f"{protocol}://{rest}").partition("://")[2].partition("/")[0]
+        return self._refused(Refusal.STORE, detail, f"{protocol}://{host}")
 
 
 @dataclass

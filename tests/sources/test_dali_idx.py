@@ -17,7 +17,7 @@ from curator_embed.sources.idx import BadIndex, format_index, parse_index, read_
 from curator_embed.sources.idx import index_tar as index_one
 from curator_embed.sources.tar import Member
 from curator_embed.sources.webdataset import WebdatasetShard, find_shards, index_tars
-from curator_embed.storage.files import open_source
+from curator_embed.storage.byte_source import open_source
 from tests.written_tars import image_bytes
 
 MakeTar = Callable[..., str]

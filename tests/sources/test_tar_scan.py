@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from curator_embed.errors import SourceError
 from curator_embed.sources.tar import BLOCK, BadHeader, Member, TarScan, decode_name, parse_header, parse_pax
-from curator_embed.storage.files import ByteSource
+from curator_embed.storage.byte_source import ByteSource
 from tests.written_tars import tar_bytes
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}

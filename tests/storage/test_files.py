@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from curator_embed.errors import MissingExtra, Reason, SourceError, UsageError
 from curator_embed.sources.webdataset import find_shards, index_tars
+from curator_embed.storage.byte_source import open_source, read_all
 from curator_embed.storage.files import (
     exists,
     fingerprint,
@@ -26,8 +27,6 @@ from curator_embed.storage.files import (
     join,
     list_files,
     natural_key,
-    open_source,
-    read_all,
     redact,
     write_whole,
 )

@@ -15,9 +15,11 @@ from distributed import Client
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curator_embed.cli import main
 from curator_embed.cli.wording import in_options
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.errors import MissingExtra, Reason, SourceError, UsageError
+from curator_embed.execution.run import RunStopped
 from curator_embed.sources.folder import find_images
 from curator_embed.sources.parquet import find_parquets
 from curator_embed.sources.path_list import PathListShard, find_lines
@@ -27,6 +29,8 @@ from curator_embed.storage.files import filesystem
 from curator_embed.storage.gate import KEPT_FOLDERS, Gate, Place, Unread
 from curator_embed.storage.location import Location
 from curator_embed.storage.objects import ReadPolicy, read_many
+from curator_embed.storage.s3 import S3Options
+from tests.rows import tar_members
 from tests.shards import crops
 from tests.stub import ColourEmbedder
 from tests.web import Web
@@ -469,13 +473,31 @@ def test_fsspecs_own_configuration_is_not_for_hosts_that_rows_name(home: Path, m
         assert outcome(listed(home, f"{web.url}/x.jpg")) == [b"x"] and told(web) == {None}
 
 
-def test_options_that_nobody_takes_are_said(home: Path) -> None:
-    with pytest.raises(UsageError, match=r"storage_options has 'heders'.*did you mean 'headers'"):
-        listed(home, "a.jpg", root="http://127.0.0.1:1", storage_options={"heders": {}})
-    with pytest.raises(UsageError, match=r"storage_options has 'endpoint', .*did you mean 'endpoint_url'"):
-        listed(home, "a.jpg", root="s3://bucket", storage_options={"endpoint": "x"})
-    with pytest.raises(UsageError, match="either key or username"):
-        listed(home, "a.jpg", root="s3://bucket", storage_options={"key": "x", "username": "y"})
+@pytest.mark.parametrize(
+    ("root", "given", "message"),
+    [
+        ("http://127.0.0.1:1", {"heders": {}}, "storage_options has 'heders', .*did you mean 'headers'"),
+        ("http://127.0.0.1:1", {"client_kwargs": {"heders": {}}}, "client_kwargs in storage_options has 'heders'"),
+        ("s3://bucket", {"endpoint": "x"}, "storage_options has 'endpoint', .*did you mean 'endpoint_url'"),
+        ("s3://bucket", {"client_kwargs": {"region": "x"}}, "has 'region', .*did you mean 'region_name'"),
+        ("s3://bucket", {"nonsense": 1}, "storage_options has 'nonsense'.* They take: anon, "),
+        ("s3://bucket", {"key": "x", "username": "y"}, "either key or username"),
+    ],
+)
+def test_options_that_nobody_takes_are_said(home: Path, root: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        listed(home, "a.jpg", root=root, storage_options=given)
+
+
+def test_options_of_s3_are_not_for_the_web(home: Path) -> None:
+    """The images in a bucket, their list on a web server."""
+    given = {**S3Options(region="eu-central-1", endpoint="http://127.0.0.1:1"), "key": "hunter2", "secret": "hunter2"}
+    with Web({"/l.txt": b"a.jpg\n"}) as web:
+        (shard,) = find_lines(
+            f"{web.url}/l.txt", root="s3://bucket", storage_options={**given, "headers": {"X-Mine": "me"}}
+        )
+        assert shard.keys(id_col="path") == ["a.jpg"]
+        assert told(web) == {None, "me"} and "hunter2" not in str([str(headers) for _, headers in web.asked])
 
 
 # --- from end to end -----------------------------------------------------------------------------
@@ -498,6 +520,49 @@ def test_what_is_refused_is_a_row_with_a_reason_and_no_member_of_an_export(
     again.to_webdataset(str(home / "export"), "keep", progress=False)
     written = b"".join(path.read_bytes() for path in (home / "export").glob("*.tar"))
     assert (home / "secret.jpg").read_bytes() not in written and b"root:" not in written
+
+
+def test_keys_that_are_urls_show_no_credentials(
+    client: Client, home: Path, wheel_photos: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    (image,) = crops(wheel_photos[0], 1)
+    with Web({"/x.jpg": image, "/bad.jpg": b"<html>"}) as web:
+        signed = f"{web.url.replace('://', '://me:hunter2@')}/{{}}?X-Amz-Signature=hunter3"
+        lines = [signed.format(name) for name in ("x.jpg", "bad.jpg", "gone.jpg")]
+        (home / "list.txt").write_text("\n".join([*lines, "s3://KEY:hunter2/hunter3@bucket/a.jpg"]))
+        dataset = ImageTextPairDataset.from_path_list(home / "list.txt", reading=ReadPolicy(retries=0))
+        report = ColourEmbedder()(dataset).save_metadata(progress=False)
+        assert report.reasons == {"not_an_image": 1, "not_found": 1, "refused": 1}
+        with pytest.raises(RunStopped) as stopped:
+            ColourEmbedder()(dataset).save_metadata(str(home / "out"), on_error="raise", progress=False)
+        shown = [json.dumps(report.to_dict()), str(report), repr(report), str(stopped.value), caplog.text]
+        shown += [str(stopped.value.report), json.dumps(stopped.value.report.to_dict())]
+        for text in shown:
+            assert "hunter2" not in text and "hunter3" not in text
+        assert f"{web.url}/bad.jpg" in shown[0] and f"{web.url}/bad.jpg" in shown[3]
+        again = ImageTextPairDataset.from_path_list(home / "list.txt")
+        assert again.metadata["path"].compute().to_list()[:3] == lines  # what came in stays what it is
+        again.metadata["keep"] = again.metadata["image_error"].isnull()
+        again.to_webdataset(str(home / "export"), "keep", progress=False)
+        assert list(tar_members(home / "export" / "00000.tar")) == ["000000000.jpg"]
+
+
+def test_the_command_says_how_links_are_followed(
+    home: Path, wheel_photos: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (home / "elsewhere" / "0.jpg").write_bytes(crops(wheel_photos[0], 1)[0])
+    (home / "elsewhere" / "1.jpg").write_bytes(crops(wheel_photos[0], 2)[1])
+    (home / "photos").mkdir()
+    (home / "photos" / "0.jpg").symlink_to(home / "elsewhere" / "0.jpg")
+    (home / "photos" / "1.jpg").write_bytes((home / "elsewhere" / "1.jpg").read_bytes())
+    command = ["columns", str(home / "photos"), "--properties", "--quiet", "--output"]
+    for more, codes in (((), ["refused", None]), (("--links", "any"), [None, None])):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, str(home / f"out{len(more)}"), *more])
+        assert not ended.value.code
+        (table,) = (home / f"out{len(more)}").glob("*.parquet")
+        assert pq.read_table(table)["image_error"].to_pylist() == codes
+        assert ("pass --links any" in capsys.readouterr().out) == (not more)
 
 
 # --- properties ----------------------------------------------------------------------------------

@@ -63,6 +63,14 @@ def test_a_failing_server_is_asked_again(server: str, tmp_path: Path, fault: str
         assert proxy.faults >= 7
 
 
+def test_a_refusal_is_not_asked_again(server: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("plain.jpg\n" * 3)
+    with FaultyProxy(server, lambda n, method, path: "403") as proxy:  # type: ignore[arg-type,return-value]
+        (shard,) = find_lines(tmp_path / "list.txt", root=proxy.url, policy=ReadPolicy(retries=5, backoff=30.0))
+        assert [(s.error, s.detail) for s in shard.samples(id_col="path")] == [(Reason.READ_ERROR, "access denied")] * 3
+        assert proxy.faults == 3
+
+
 def test_passwords_in_urls_are_not_shown(server: str, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("gone.jpg\n")
     (shard,) = find_lines(tmp_path / "list.txt", root=server.replace("://", "://me:hunter2@"))

@@ -357,7 +357,10 @@ def models(
 
     rows = list_models(pattern)
     if not rows:
-        raise UsageError(f"no model matches '{pattern}'; try a glob such as '*{pattern.strip('*')}*'")
+        from curator_embed.embedders.catalogue import listed_names
+        from curator_embed.embedders.names import no_model_matches
+
+        raise no_model_matches(pattern, listed_names())
     if as_json:
         typer.echo(json.dumps([row.to_dict() for row in rows], indent=2))
         return

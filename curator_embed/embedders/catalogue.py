@@ -294,9 +294,7 @@ def list_models(pattern: str = "*") -> list[ModelRow]:
     Dimensions are looked up by building models on the meta device, unless more than ``MEASURED_ARCHITECTURES``
     architectures match; then only those that the configuration tells (projections) are given.
     """
-    import timm
-
-    names = [name for name in TOWERS if fnmatchcase(name, pattern)] + timm.list_models(pattern, pretrained=True)
+    names = listed_names(pattern)
     blueprints = [Blueprint(name, TOWERS.get(name, name)) for name in names]
     architectures = {(b.timm_name.partition(".")[0], b.projects) for b in blueprints}
     look_up = len(architectures) <= MEASURED_ARCHITECTURES
@@ -321,6 +319,13 @@ def list_models(pattern: str = "*") -> list[ModelRow]:
             dim, patch = known[key]
         rows.append(ModelRow(blueprint.name, "x".join(map(str, spec.output)), dim, patch, understood=True))
     return rows
+
+
+def listed_names(pattern: str = "*") -> list[str]:
+    """Names of models with pretrained weights that match a glob, OpenAI's first."""
+    import timm
+
+    return [name for name in TOWERS if fnmatchcase(name, pattern)] + list(timm.list_models(pattern, pretrained=True))
 
 
 def _timm_name(name: str) -> str:

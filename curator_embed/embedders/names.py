@@ -34,6 +34,21 @@ def check_name(name: str) -> None:
     raise unknown_model(name, [*TOWERS, *_TAGGED.findall(text), *_REGISTERED.findall(text)])
 
 
+def no_model_matches(pattern: str, known: Sequence[str]) -> UsageError:
+    """The error for a glob that matches nothing; the glob that it gives instead matches something.
+
+    Args:
+        known: all names that a glob is held against.
+    """
+    plain = pattern.strip("*")
+    if any(plain in name for name in known):
+        return UsageError(f"no model matches '{pattern}'; try '*{plain}*'")
+    architectures = {name.partition(".")[0] for name in known}
+    near = difflib.get_close_matches(plain.partition(".")[0].lower(), architectures, n=1, cutoff=0.5)
+    hint = f"try '{near[0]}*'" if near else "'curator-embed models' lists all"
+    return UsageError(f"no model matches '{pattern}'; {hint}")
+
+
 def unknown_model(name: str, known: Sequence[str], otherwise: Sequence[str] = ()) -> UsageError:
     """The error for a name that no model has.
 

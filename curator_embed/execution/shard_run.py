@@ -319,10 +319,14 @@ class ShardRun:
         return self.table.stored.schema
 
     def _adds_rows(self) -> bool:
-        """Whether images that no row knows get rows of their own."""
-        if self.job.output is None or self.limit is not None or self.table is None:
+        """Whether images that no row knows get rows of their own, with values in every column of the run."""
+        if self.job.output is None or self.limit is not None or self.table is None or self._copies():
             return False
         return can_append(self._schema(), self.job.id_col, self._selected(self._schema()))
+
+    def _copies(self) -> bool:
+        """Whether a column of the run comes from the table: it has values for the table's own rows alone."""
+        return len(self.todo) < len(self.job.steps)
 
     def _refuse_failures(self) -> None:
         report = self.report
@@ -401,7 +405,9 @@ class ShardRun:
         if len(pairing.orphans) and self.limit is None:
             what = "added as rows"
             if self.job.output is None:
-                what = "left out: pass an output path to get rows for them"
+                what = "left out: pass an output path and overwrite=True to get rows for them"
+            elif self._copies():
+                what = "left out, as columns are copied that have no value for them: pass overwrite=True to get rows"
             elif not self._adds_rows():
                 what = "left out: a column of the table takes no nulls; name the others with columns="
             self._note(path, f"{len(pairing.orphans)} images have no row in the table, {what}")

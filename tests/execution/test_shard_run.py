@@ -65,7 +65,7 @@ def test_a_table_that_came_to_lie_beside_the_tar_keeps_its_rows_and_columns(tars
 @pytest.mark.parametrize("options", [{"limit": 2}, {"on_error": "drop", "columns": []}, {}])
 def test_the_datasets_own_folder_is_no_output_path(source: Path, options: dict[str, Any]) -> None:
     before = (source / "00000.parquet").read_bytes()
-    with pytest.raises(UsageError, match="the dataset's own table"):
+    with pytest.raises(UsageError, match="the dataset's own folder"):
         save(embedded(source), source, overwrite=True, **options)
     assert (source / "00000.parquet").read_bytes() == before
 

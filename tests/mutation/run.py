@@ -206,25 +206,20 @@ def read_explanations(text: str) -> list[Explained]:
 
 
 def examine(name: str, slots: Sequence[Slot], lines: range | None) -> Counter[str]:
-    """Run one target's mutants, print its survivors, and count the verdicts."""
+    """Run one target's mutants, print survivors as they are found, and count the verdicts."""
     target = TARGETS[name]
     mutants = [m for m in mutants_of((ROOT / target.module).read_text()) if lines is None or m.line in lines]
     explained = {(e.before, e.after) for e in read_explanations(EQUIVALENT.read_text()) if e.module == target.module}
     counts: Counter[str] = Counter()
-    survivors = []
     for done, (mutant, verdict) in enumerate(verdicts(target, mutants, slots), 1):
         if verdict == "survived":
             if (mutant.before, mutant.after) in explained:
                 verdict = "equivalent"
             else:
-                survivors.append(mutant)
+                print(f"{target.module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}", flush=True)
         counts[verdict] += 1
         if sys.stderr.isatty():
-            print(
-                f"\r{name}: {done} of {len(mutants)}, {len(survivors)} survived ", end="", file=sys.stderr, flush=True
-            )
-    for mutant in sorted(survivors, key=lambda one: one.line):
-        print(f"{target.module}:{mutant.line}\n  - {mutant.before}\n  + {mutant.after}", flush=True)
+            print(f"\r{name}: {done} of {len(mutants)} ", end="", file=sys.stderr, flush=True)
     there = {(mutant.before, mutant.after) for mutant in mutants}
     for before, after in sorted(explained - there) if lines is None else ():
         counts["explained, not there"] += 1

@@ -44,6 +44,11 @@ class Target:
 TARGETS = {
     "geometry": Target("curator_embed/decoding/geometry.py", ("tests/decoding/test_geometry.py",)),
     "pairing": Target("curator_embed/tables/pairing.py", ("tests/tables/test_pairing.py",)),
+    "provenance": Target("curator_embed/tables/provenance.py", ("tests/tables/test_provenance.py",)),
+    "judge": Target("curator_embed/tables/judge.py", ("tests/tables/test_judge.py",)),
+    "conflicts": Target("curator_embed/tables/conflicts.py", ("tests/tables/test_judge.py",)),
+    "writing": Target("curator_embed/tables/writing.py", ("tests/tables/test_writing.py",)),
+    "fitting": Target("curator_embed/sources/fitting.py", ("tests/sources/test_fitting.py",)),
 }
 
 

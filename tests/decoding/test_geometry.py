@@ -119,6 +119,13 @@ def test_bounds_that_single_precision_holds_are_found_within_the_slack(
         assert (box.first + box.begin, box.first + box.end) == (500, 1000)
 
 
+def test_a_box_ends_where_the_source_does() -> None:
+    """143 times 385/143 is a little more than 385, in double precision."""
+    axis = geometry.Axis(source=385, resized=143, start=71, length=67, before=0, output=67)
+    box = geometry.box_of(axis, 2.0)
+    assert (box.first, box.last, box.begin, box.end, box.start, box.stop) == (168, 385, 7.0, 217.0, 65, 143)
+
+
 def test_a_sliver_is_planned_in_full_but_needs_little() -> None:
     todo = geometry.plan(spec("shortest", (256, 256), (224, 224)), 8000, 3)
     assert todo.resized == (682_666, 256)

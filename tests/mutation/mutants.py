@@ -166,6 +166,8 @@ def _is_for_readers(node: ast.AST) -> bool:
             return True
         case ast.If(test=ast.Name(id="TYPE_CHECKING")) | ast.Assign(targets=[ast.Name(id="__all__")]):
             return True
+        case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))) if text == name.lower():
+            return True  # a member of an enumeration, written as it is called
         case ast.Assign(value=ast.Subscript(value=ast.Name(id=name))):
             return name in GENERIC
     return False

@@ -34,6 +34,7 @@ from tests.mutation.run import EQUIVALENT, ROOT, TARGETS, read_explanations
         ("def f(x: int = b): return x", {"def f(x: int = b): return None"}),
         ("def f(x: int = 1): pass", {"def f(x: int = 2): pass", "def f(x: int = 0): pass"}),
         ("Size = tuple[int, int]", set()),
+        ("OTHER_IDS = 'other_ids'", set()),
     ],
 )  # fmt: skip
 def test_each_kind_of_change(line: str, changed: set[str]) -> None:

@@ -135,6 +135,53 @@ def test_marks_as_they_are_recorded() -> None:
         assert recorded_marks(damaged) == b""
 
 
+# -- what a small fault would change --------------------------------------------------------
+
+
+def test_marks_have_six_bytes_in_files_that_were_written() -> None:
+    assert split_marks(b"abcdefghijkl") == [b"abcdef", b"ghijkl"]
+    assert recorded_marks({"marks": "YWJj%ZGVm"}) == b"", "damaged, and of the right length where that is overlooked"
+    assert KnownFile("p_0-1", 0, 1, ()).marks == b""
+
+
+def test_twins_that_several_files_have() -> None:
+    marks = [mark("x"), mark("x", 1)]
+    assert fit(["x", "x"], marks, [known(0, 1, "x"), known(1, 3, "x", "x")], 3).twice is None
+    found = fit(["x", "x"], marks, [known(0, 1, "x"), known(1, 2, "x"), known(2, 3, "x")], 3).twice
+    assert found is not None and (found.one, found.other) == ("p_0-1", "p_2-3")
+
+
+def test_an_image_with_a_row_stays_where_it_is_though_another_file_was_made_from_it() -> None:
+    assert fitted("ab", known(0, 1, "a"), known(1, 3, "b", marks=mark("a") + mark("b"))) == {(0, 1): "a", (1, 3): "b"}
+
+
+def test_files_whose_names_overlap_are_in_order() -> None:
+    there = known(0, 5, "a"), known(0, 3, "b"), known(2, 4, "c")
+    found = fit(["a", "b", "c"], [mark(name) for name in "abc"], there, 3)
+    assert [(piece.start, piece.end) for piece in found.pieces] == [(0, 3), (0, 5), (2, 4)]
+
+
+@pytest.mark.parametrize(("file", "given_up"), [
+    (known(5, 7, "a"), [0]),  # it has a row of the cut's first image,
+    (known(5, 7, "b"), [0]),  # or of its second,
+    (known(5, 7, marks=mark("b")), [0]),  # or was made from one
+    (known(5, 7, "c"), []),
+    (known(2, 4, "c"), []),  # behind the cut, without a gap
+    (known(0, 1, "c"), [0]),  # its name takes the cut's first position,
+    (known(1, 3, "c"), [0]),  # or the second
+])  # fmt: skip
+def test_cuts_that_a_file_is_in_the_way_of(file: KnownFile, given_up: list[int]) -> None:
+    names = list("abc")
+    found = fit(names, [mark(name) for name in names], [file], 3, [Cut(0, 2, (0, 1))])
+    assert found.given_up == given_up
+
+
+def test_a_cut_that_begins_within_the_first_file_is_given_up() -> None:
+    names = list("abc")
+    marks = [mark(name) for name in names]
+    assert fit(names, marks, [known(0, 3, "a")], 3, [Cut(1, 4, (1, 2))]).given_up == [0]
+
+
 # -- any history ---------------------------------------------------------------------------
 
 

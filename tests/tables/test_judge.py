@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from curator_embed.tables.conflicts import ConflictKind
+from curator_embed.tables.conflicts import Conflict, ConflictKind
 from curator_embed.tables.judge import (
     Asked,
     Facts,
@@ -17,10 +17,12 @@ from curator_embed.tables.judge import (
     judge_columns,
     judge_in_place,
     judge_output,
+    made_from_images,
     outdated,
+    same_mark,
     stale,
 )
-from curator_embed.tables.provenance import ERROR_COLUMN, Entry, Footer
+from curator_embed.tables.provenance import ASSIGNED, ERROR_COLUMN, Entry, Footer
 
 RECIPE = {
     "step": "embed", "class": "TimmImageEmbedder", "model": "a", "weights": "sha", "preprocessing": {"size": [224]},
@@ -306,3 +308,137 @@ def test_an_output_without_a_table_behind_it() -> None:
     assert judge_output(out(table={}), dataclasses.replace(INPUT, mark=None), TO, FACTS).done, "a table made since"
     found = judge_output(out(), None, TO, FACTS)
     assert found.conflict is not None and "a table of 5 rows, and there is no table now" in found.conflict.why
+
+
+# -- what a small fault in the judge would change ------------------------------------------
+
+
+def test_reasons_are_told_in_words() -> None:
+    assert stale(dataclasses.replace(MADE, dimension=None), dataclasses.replace(WANTED, dimension=192), FACTS) is None
+    assert stale(MADE, dataclasses.replace(WANTED, dimension=7), FACTS) == (
+        ConflictKind.OTHER_RECIPE, "was made another way (dimension: 192 there, 7 now)",
+    )  # fmt: skip
+    assert outdated(MADE, dataclasses.replace(FACTS, pairing={"id_col": "uid", "key_split": "last"})) == (
+        ConflictKind.OTHER_PAIRING,
+        "was made with rows and images paired another way (id_col: 'key' there, 'uid' now)",
+    )
+    assert outdated(MADE, dataclasses.replace(FACTS, ids="other")) == (
+        ConflictKind.OTHER_IDS, "was made for other ids, or for the same ids in another order",
+    )  # fmt: skip
+
+
+def test_the_first_three_differences_are_told_and_long_values_are_cut() -> None:
+    recipe = {"e": 1, "d": "y" * 59, "c": "x" * 58, "b": 1, "a": 1}
+    found = stale(dataclasses.replace(MADE, recipe=recipe), Wanted(("a",), {"b": 1, "e": 2, "a": 2}), FACTS)
+    assert found is not None
+    assert found[1] == (
+        f"was made another way (a: 1 there, 2 now; c: '{'x' * 58}' there, None now; d: '{'y' * 56}... there, None now)"
+    )
+
+
+def test_images_that_never_were_are_not_gone() -> None:
+    never = {"size": None, "mtime_ns": None}
+    made = dataclasses.replace(MADE, samples=never)
+    assert outdated(made, Facts(never, PAIRING, images=False)) is None
+    assert made_from_images(MADE) and made_from_images(dataclasses.replace(MADE, samples={"files": "x"}))
+    assert not made_from_images(made) and made_from_images(Entry(ASSIGNED)) is False
+
+
+def test_nothing_in_the_way_has_no_words() -> None:
+    found = judge_columns(["key", "a"], {"a": MADE}, [WANTED], FACTS)
+    assert (found.todo, found.column, found.kind, found.why, found.replaced) == ((), "", None, "", ())
+    assert Asked((), "key") == Asked((), "key", {}, None, False, "")
+
+
+def test_a_step_of_several_columns_that_are_out_of_date_runs_once() -> None:
+    old = dataclasses.replace(MADE, recipe={"step": "old"})
+    step = Wanted(("b", "c"), {"step": "x"})
+    found = judge_columns(["b", "c"], {"b": old, "c": old}, [step], FACTS, replace_ours=True)
+    assert (found.todo, found.replaced) == ((0,), ("b", "c"))
+
+
+def test_in_place_a_file_that_does_not_say_its_rows_has_those_it_has() -> None:
+    assert judge_in_place(table(*DONE, rows=5), ASKED, FACTS).done
+    there = table(*DONE)
+    assert judge_in_place(
+        dataclasses.replace(there, footer=dataclasses.replace(there.footer, rows=None)), ASKED, FACTS
+    ).done
+
+
+def test_columns_of_images_that_are_gone_beside_others() -> None:
+    gone = Facts({"size": None, "mtime_ns": None}, PAIRING, images=False)
+    there = table(*DONE, columns={"note": Entry(ASSIGNED), "a": MADE, ERROR_COLUMN: ERRORS})
+    for asked in (ASKED, dataclasses.replace(ASKED, overwrite=True), Asked((Wanted(("b",), {"step": "x"}),), "key")):
+        found = judge_in_place(there, asked, gone).conflict
+        assert found is not None and found.kind is ConflictKind.IMAGES_GONE
+        assert found.advice == "Restore the images, or leave this shard out"
+    assert judge_in_place(there, Asked((), "key"), gone).done, "nothing is asked for"
+
+
+def test_reasons_of_another_origin_stand_in_the_way_of_steps_alone() -> None:
+    foreign = table("key", ERROR_COLUMN, columns={})
+    nothing, anew = Asked((), "key"), dataclasses.replace(ASKED, overwrite=True)
+    assert judge_in_place(foreign, nothing, FACTS).conflict is None
+    assert judge_in_place(foreign, anew, FACTS).todo == (0,)
+    assert judge_output(ABSENT, foreign, dataclasses.replace(nothing, options=OUTPUT), FACTS).conflict is None
+    assert judge_output(ABSENT, foreign, dataclasses.replace(TO, overwrite=True), FACTS).todo == (0,)
+
+
+def test_an_output_of_a_shard_without_a_table_or_with_one_not_looked_into() -> None:
+    found = judge_output(ABSENT, None, TO, FACTS)
+    assert (found.todo, found.rows, found.conflict) == ((0,), None, None)
+    found = judge_output(ABSENT, Stored("/d/0.parquet", rows=7), TO, FACTS)
+    assert (found.todo, found.rows, found.conflict) == ((0,), 7, None)
+
+
+def test_a_limited_run_over_a_whole_output_without_the_columns() -> None:
+    limited = dataclasses.replace(TO, options=OUTPUT | {"limit": 3})
+    found = judge_output(out("key", ERROR_COLUMN), INPUT, limited, FACTS).conflict
+    assert found is not None and found.kind is ConflictKind.LACKS_COLUMNS
+    assert found.advice.endswith("metadata_path='/out'")
+
+
+def test_what_is_known_of_an_outputs_table_decides_and_no_more() -> None:
+    changed = dataclasses.replace(INPUT, mark={"size": 8, "mtime_ns": 3})
+    found = judge_output(out(), changed, TO, FACTS)
+    assert found.done and len(found.notes) == 1, "the ids were not read"
+    found = judge_output(out(table={"rows": 5, **MARK}), changed, TO, FACTS, ids="t")
+    assert found.done and len(found.notes) == 1, "or not written down"
+    found = judge_output(out(), dataclasses.replace(INPUT, mark=None), TO, FACTS, ids="other")
+    assert found.done and found.notes == (), "or the table's size and time are not known"
+    assert judge_output(out(table={}), INPUT, TO, FACTS).notes == ()
+    assert same_mark({"rows": 5, **MARK}, MARK) and not same_mark(MARK, {"size": 7, "mtime_ns": 4})
+
+
+def test_what_is_wrong_with_the_ids_is_told() -> None:
+    def why(*names: str) -> str:
+        found = judge_in_place(table(*names), ASKED, FACTS).conflict
+        assert found is not None and found.advice == "Choose the id column with id_col="
+        return str(found)
+
+    assert why("caption") == "/d/0.parquet: no column 'key' to pair rows and images by (it has: caption)"
+    assert why("key", "key", "b").endswith("has 2 columns named 'key' to pair rows and images by (it has: key, key, b)")
+    assert why(*"abcdefghijklmn").endswith("(it has: a, b, c, d, e, f, g, h, i, j, k, l)")
+
+
+@pytest.mark.parametrize("kind", ConflictKind)
+def test_what_overwriting_would_replace_and_what_is_advised(kind: ConflictKind) -> None:
+    replaced = {
+        ConflictKind.FOREIGN_COLUMN, ConflictKind.OTHER_RECIPE, ConflictKind.OTHER_SAMPLES, ConflictKind.OTHER_PAIRING,
+        ConflictKind.OTHER_IDS, ConflictKind.DAMAGED, ConflictKind.STRANGER, ConflictKind.OTHER_OPTIONS,
+        ConflictKind.OTHER_ROWS, ConflictKind.LACKS_COLUMNS,
+    }  # fmt: skip
+    conflict = Conflict(kind, "/d/0.parquet", "is wrong")
+    assert conflict.overwritable is (kind in replaced)
+    assert conflict.advice.startswith("Pass overwrite=True to" if kind in replaced else "Choose another output path")
+    assert str(conflict) == "/d/0.parquet: is wrong"
+    assert Conflict(kind, "/d/0.parquet", "is wrong", "Do this").advice == "Do this"
+
+
+def test_refusals_without_a_remedy_of_their_own_advise_what_their_kind_does() -> None:
+    other = {"a": dataclasses.replace(MADE, recipe={"step": "x"}), ERROR_COLUMN: ERRORS}
+    for found in (
+        judge_in_place(table(*DONE, columns=other), ASKED, FACTS),
+        judge_output(out(columns=other), INPUT, TO, FACTS),
+    ):
+        assert found.conflict is not None and found.conflict.advice.startswith("Pass overwrite=True to replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -9,7 +10,16 @@ import pyarrow as pa
 import pytest
 
 from curator_embed.steps import Step
-from curator_embed.tables.provenance import FOOTER_KEY, FORMAT, Entry, Footer, counted, recorded_settings
+from curator_embed.tables.provenance import (
+    ERROR_COLUMN,
+    ERROR_RECIPE,
+    FOOTER_KEY,
+    FORMAT,
+    Entry,
+    Footer,
+    counted,
+    recorded_settings,
+)
 
 ENTRY = Entry({"step": "embed", "model": "a"}, {"size": 10, "mtime_ns": 5}, {"id_col": "key"}, "abc", 192)
 
@@ -152,3 +162,55 @@ def test_a_resumed_run_finds_the_settings_of_the_first() -> None:
     finished = Footer({"image_embedding": Entry(Made(threads=7, compile=True).recipe())})
     assert recorded_settings([Footer(), finished], Made()) == {"threads": 7, "compile": True}
     assert recorded_settings([finished], Made(model="other")) is None
+
+
+# -- the form that lies in people's files --------------------------------------------------
+
+
+def test_the_stored_form_byte_for_byte() -> None:
+    """Files that were written with it are compared with it: a change here needs a new ``FORMAT``."""
+    assert (FOOTER_KEY, ERROR_COLUMN, ERROR_RECIPE) == (b"curator_embed", "image_error", {"step": "image_error"})
+    least = Footer({"a": Entry({"model": "ü"})})
+    assert least.to_bytes().decode() == (
+        '{"columns":{"a":{"recipe":{"model":"ü"},"samples":{}}},"counts":{},"format":2,"id_col":"key","output":{},'
+        '"table":{}}'
+    )
+    full = Footer({"a": ENTRY}, {"read": 3}, {"limit": 3}, "uid", {"rows": 4}, 3, {"failed": 1})
+    assert full.to_bytes().decode() == (
+        '{"columns":{"a":{"dimension":192,"pairing":{"id_col":"key"},"recipe":{"model":"a","step":"embed"},"samples":'
+        '{"ids":"abc","mtime_ns":5,"size":10}}},"counts":{"read":3},"dropped":{"failed":1},"format":2,"id_col":"uid",'
+        '"output":{"limit":3},"rows":3,"table":{"rows":4}}'
+    )
+
+
+def test_digests_are_those_that_were_written() -> None:
+    stored = b'{"recipe":{"model":"\xc3\xbc"},"samples":{}}'
+    assert Entry({"model": "ü", "software": {}}).digest == hashlib.sha256(stored).hexdigest()[:32]
+    assert Entry({"root": "caf\udce9"}).digest != Entry({"root": "caf"}).digest
+
+
+def test_what_is_absent_is_empty() -> None:
+    assert Footer.of(pa.schema([("key", pa.string())])) == Footer()
+    assert Footer.of(pa.schema([("key", pa.string())], metadata={b"pandas": b"{}"})) == Footer()
+    assert Footer().id_col == Footer.of(schema({"format": 2, "columns": {}})).id_col == "key"
+    later = {"format": 3, "columns": {"a": {"recipe": {}, "samples": {}}}, "id_col": "uid"}
+    assert Footer.of(schema(later)) == Footer()
+    images = {"format": 1, "columns": {"a": {"recipe": {}, "samples": {"images": {"size": 10}}}}}
+    assert Footer.of(schema(images)).columns["a"] == Entry({}, {"images": {"size": 10}}, {"id_col": "key"})
+
+
+@pytest.mark.parametrize("name", ["failed", "no_image"])
+def test_counts_are_numbers(name: str) -> None:
+    for place in ("counts", "dropped"):
+        assert getattr(Footer.of(schema(GOOD | {place: {name: 1}})), place) == {name: 1}
+        assert Footer.of(schema(GOOD | {place: {name: "1"}})) == Footer()
+
+
+def test_rows_are_accounted_for_whatever_of_the_counts_is_there() -> None:
+    assert Footer(counts={"read": 3}).accounted() == {"read": 3}
+    nothing = {"read": 0, "embedded": 0, "failed": 0, "no_image": 0, "reasons": {"empty": 1}}
+    assert Footer(dropped={"reasons": {"empty": 1}}).accounted() == nothing
+    counts = {"read": 5, "embedded": 2, "failed": 2, "no_image": 1, "reasons": {"truncated": 2}}
+    found = Footer(counts=counts, dropped={"failed": 1, "no_image": 2, "reasons": {"empty": 1}}).accounted()
+    assert found == {"read": 8, "embedded": 2, "failed": 3, "no_image": 3, "reasons": {"empty": 1, "truncated": 2}}
+    assert list(found["reasons"]) == ["empty", "truncated"], "in an order that does not depend on what was dropped"

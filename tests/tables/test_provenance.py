@@ -11,6 +11,7 @@ import pytest
 
 from curator_embed.steps import Step
 from curator_embed.tables.provenance import (
+    ASSIGNED,
     ERROR_COLUMN,
     ERROR_RECIPE,
     FOOTER_KEY,
@@ -169,7 +170,8 @@ def test_a_resumed_run_finds_the_settings_of_the_first() -> None:
 
 def test_the_stored_form_byte_for_byte() -> None:
     """Files that were written with it are compared with it: a change here needs a new ``FORMAT``."""
-    assert (FOOTER_KEY, ERROR_COLUMN, ERROR_RECIPE) == (b"curator_embed", "image_error", {"step": "image_error"})
+    assert (FOOTER_KEY, ERROR_COLUMN) == (b"curator_embed", "image_error")
+    assert (ERROR_RECIPE, ASSIGNED) == ({"step": "image_error"}, {"step": "assigned"})
     least = Footer({"a": Entry({"model": "ü"})})
     assert least.to_bytes().decode() == (
         '{"columns":{"a":{"recipe":{"model":"ü"},"samples":{}}},"counts":{},"format":2,"id_col":"key","output":{},'
@@ -181,6 +183,23 @@ def test_the_stored_form_byte_for_byte() -> None:
         '{"ids":"abc","mtime_ns":5,"size":10}}},"counts":{"read":3},"dropped":{"failed":1},"format":2,"id_col":"uid",'
         '"output":{"limit":3},"rows":3,"table":{"rows":4}}'
     )
+
+
+def test_marks_of_images_are_stored_once_where_columns_share_them() -> None:
+    shared, alone = {"files": "d", "marks": "YWJj"}, {"files": "e", "marks": "ZGVm"}
+    footer = Footer({"a": Entry({}, shared), "b": Entry({}, shared), "c": Entry({}, alone)})
+    assert footer.to_bytes().count(b"YWJj") == 1
+    assert Footer.of(schema(footer.to_bytes())).columns == {
+        "a": Entry({}, shared, {"id_col": "key"}), "b": Entry({}, shared, {"id_col": "key"}),
+        "c": Entry({}, alone, {"id_col": "key"}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("samples", [{"files": "d"}, {"marks": "YWJj"}, {"files": ["d"]}])
+def test_samples_without_digest_or_marks_come_back(samples: dict[str, Any]) -> None:
+    other = Entry({}, {"files": "e", "marks": "ZGVm"}, {"id_col": "uid"})
+    footer = Footer({"a": Entry({}, samples, {"id_col": "key"}), "b": other})
+    assert Footer.of(schema(footer.to_bytes())) == footer
 
 
 def test_digests_are_those_that_were_written() -> None:

@@ -62,7 +62,9 @@ class Step(ABC):
     def recipe(self) -> dict[str, Any]:
         """What determines the values, as plain JSON: it goes into the footer and decides about resume.
 
-        Holds no time, no path and no host: the same recipe on the same samples gives the same bytes.
+        Holds no time, no path and no host: the same recipe on the same samples gives the same bytes. A step that cannot
+        tell what determines its values adds ``"unrepeatable": {"why": a sentence, "run": what no other run has}``: its
+        columns never count as done in another run, and the sentence is shown where that matters.
         """
 
     def decode_options(self) -> DecodeOptions | None:

@@ -6,8 +6,7 @@ is kept and run by its own code.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
+import functools
 import math
 import re
 import types
@@ -15,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from curator_embed.decoding.digest import Digest, digest_of
 from curator_embed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -105,12 +105,16 @@ class OpaqueTransform:
     def to_dict(self) -> dict[str, Any]:
         """What is written instead of values: a description and a digest of code and parameters, the same in
         every process."""
-        return {"resize": "opaque", "why": self.why, "description": _plain_repr(self.transform), "sha256": self.digest}
+        return {"resize": "opaque", "why": self.why, "description": _described(self.transform), "sha256": self.digest}
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the transform's parameters and, where it can be had, its code."""
-        return hashlib.sha256(repr(_fingerprint(self.transform, 0)).encode()).hexdigest()
+        """sha256 (hex) of the transform's code and state, as far as it can be seen."""
+        return self.identity().sha256
+
+    def identity(self) -> Digest:
+        """What the transform is, and what of it cannot be seen."""
+        return digest_of(self.transform, "transform")
 
 
 Spec = PreprocessSpec | OpaqueTransform
@@ -230,12 +234,12 @@ def _read_steps(steps: Sequence[Any]) -> PreprocessSpec:
         as_tensor = take("ConvertImageDtype", "ToDtype")
         scaled = getattr(as_tensor, "scale", True)
         if as_tensor is not None and (as_tensor.dtype != torch.float32 or not scaled):
-            raise _NotUnderstood(_plain_repr(as_tensor))
+            raise _NotUnderstood(_described(as_tensor))
     if as_tensor is None:
-        raise _NotUnderstood(_plain_repr(left[0]) if left else "no conversion to a tensor")
+        raise _NotUnderstood(_described(left[0]) if left else "no conversion to a tensor")
     normalise = take("Normalize")
     if left:
-        raise _NotUnderstood(_plain_repr(left[0]))
+        raise _NotUnderstood(_described(left[0]))
 
     kind, size, interpolation, max_size = _read_resize(resize)
     output = _pair(crop.size) if crop is not None else size
@@ -244,7 +248,7 @@ def _read_steps(steps: Sequence[Any]) -> PreprocessSpec:
     fill = getattr(crop, "fill", 0)
     fill = (fill,) * 3 if isinstance(fill, int) else tuple(fill)
     if getattr(crop, "padding_mode", "constant") != "constant" or len(fill) != 3:
-        raise _NotUnderstood(_plain_repr(crop))
+        raise _NotUnderstood(_described(crop))
     mean, std = (normalise.mean, normalise.std) if normalise else ((0.0,) * 3, (1.0,) * 3)
     return PreprocessSpec(kind, size or output, output, interpolation, _triple(mean), _triple(std), fill, max_size)
 
@@ -255,11 +259,11 @@ def _read_resize(step: Any) -> tuple[Resize, tuple[int, int] | None, Interpolati
         return "none", None, "bicubic", None
     interpolation = getattr(step.interpolation, "value", step.interpolation)
     if interpolation not in get_args(Interpolation) or step.size is None:
-        raise _NotUnderstood(_plain_repr(step))
+        raise _NotUnderstood(_described(step))
     size = _pair(step.size)
     if _is(step, "ResizeKeepRatio"):
         if step.longest not in (0, 1) or step.random_scale_prob or step.random_aspect_prob:
-            raise _NotUnderstood(_plain_repr(step))
+            raise _NotUnderstood(_described(step))
         return ("contain" if step.longest else "cover"), size, interpolation, None
     both = not isinstance(step.size, int) and len(step.size) == 2
     return ("squash" if both else "shortest"), size, interpolation, step.max_size
@@ -310,43 +314,16 @@ def _triple(values: Any) -> Triple:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _plain_repr(value: Any) -> str:
-    """``repr`` without addresses, which differ from process to process."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
-
-
-def _fingerprint(value: Any, depth: int) -> Any:
-    """Nested plain values that change when a transform's parameters or code change, and only then."""
-    import numpy as np
-    import torch
-
-    if isinstance(value, str | int | float | bool | bytes | None):
-        return value
-    if isinstance(value, torch.Tensor | np.ndarray):
-        array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
-        return str(array.dtype), array.shape, hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-    if depth > 8:
-        return _plain_repr(value)
-    if isinstance(value, types.CodeType):
-        consts = [_fingerprint(const, depth + 1) for const in value.co_consts]
-        return value.co_code.hex(), value.co_names, consts
-    if isinstance(value, types.FunctionType):
-        cells = [_fingerprint(cell.cell_contents, depth + 1) for cell in value.__closure__ or ()]
-        return (
-            value.__qualname__,
-            cells,
-            *(_fingerprint(part, depth + 1) for part in (value.__code__, value.__defaults__)),
-        )
-    if isinstance(value, Mapping):
-        return [(_plain_repr(key), _fingerprint(value[key], depth + 1)) for key in sorted(value, key=repr)]
-    if isinstance(value, list | tuple):
-        return [_fingerprint(item, depth + 1) for item in value]
+def _described(value: Any) -> str:
+    """A part of a transform for people, the same in every process: with its parameters where a library prints them."""
+    parts = getattr(value, "transforms", None)
+    if isinstance(parts, list | tuple):
+        return f"{type(value).__name__}({', '.join(map(_described, parts))})"
+    if isinstance(value, functools.partial):
+        return f"partial({_described(value.func)})"
+    if isinstance(value, types.FunctionType | types.MethodType | types.BuiltinFunctionType):
+        return value.__qualname__
     kind = type(value)
-    state = {key: item for key, item in getattr(value, "__dict__", {}).items() if not key.startswith("__")}
-    own_code = ""
-    if kind.__module__.partition(".")[0] not in ("torchvision", "torch", "timm", "builtins"):
-        try:
-            own_code = inspect.getsource(kind)
-        except (OSError, TypeError):
-            own_code = _plain_repr(value)
-    return kind.__module__, kind.__qualname__, own_code, _fingerprint(state, depth + 1) if state else _plain_repr(value)
+    if kind.__module__.partition(".")[0] in ("torchvision", "timm", "open_clip"):
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    return kind.__qualname__

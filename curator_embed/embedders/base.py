@@ -6,20 +6,20 @@ Choosing and building models lies elsewhere; here is how a model becomes a step 
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from curator_embed.decoding import cpu
 from curator_embed.decoding.image import DecodedImage
@@ -27,19 +27,22 @@ from curator_embed.decoding.pillow import DecodeOptions, Limits, decode
 from curator_embed.decoding.reference import Transform, transform_of
 from curator_embed.decoding.spec import OpaqueTransform, PreprocessSpec, Spec, spec_from_transform
 from curator_embed.embedders.forward import CPU_BATCH, ForwardOptions, Model, ModelRunner, finish
+from curator_embed.embedders.identity import Identity, source_of
+from curator_embed.embedders.pictures import Picture, decoded
 from curator_embed.embedders.weights import state_dict_sha256
-from curator_embed.errors import CuratorEmbedError, ImageError, Reason, UsageError
+from curator_embed.errors import CuratorEmbedError, ImageError, UsageError
 from curator_embed.steps import BatchStep, Decoder, Settings
 
 if TYPE_CHECKING:
     from curator_embed.datasets import ImageTextPairDataset
     from curator_embed.decoding.parity import ParityReport
 
-Picture = str | PathLike[str] | bytes | Image.Image
 T = TypeVar("T")
 
 IMAGENET = PreprocessSpec("shortest", (256, 256), (224, 224), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """The preprocessing of an embedder that names none: bicubic to 256, centre crop 224, ImageNet's mean and std."""
+
+log = logging.getLogger(__name__)
 
 DECODERS = ("auto", "cpu", "dali")
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
@@ -80,6 +83,12 @@ class ImageEmbedder(BatchStep):
     """
 
     column_argument = "image_embedding_column"
+    _source: ClassVar[str] = ""
+    """The class's source as it was when the class was made: the file may have been edited since."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._source = source_of(cls)
 
     def __init__(
         self,
@@ -128,6 +137,7 @@ class ImageEmbedder(BatchStep):
             self._check_device(device)
         self.limits = Limits() if max_image_pixels is None else Limits(max_image_pixels, max_image_pixels)
         self._threads: int | None = None
+        self._identity: Identity | None = None
         # Shared by the copies that ``settled`` and ``on_device`` make; models do not travel to other processes.
         self._memory: dict[str, Any] = {}
         self._models: dict[Any, Any] = {}
@@ -204,19 +214,19 @@ class ImageEmbedder(BatchStep):
         """What determines the values, as plain JSON; ``software`` is recorded only and does not make a column stale.
 
         ``threads`` and ``compile`` are null until ``settled``. The weights' hash is computed on the first call and
-        travels with the embedder from then on. An embedder of your own is identified by its source code as well; if it
-        takes parameters that change the values, override this and add them.
+        travels with the embedder from then on. An embedder of your own is identified by its source code as well, and by
+        what that uses of your modules; if it takes parameters that change the values, override this and add them.
         """
         device = self._target_device
         output = list(self.spec.output) if isinstance(self.spec, PreprocessSpec) else [None, None]
-        code = self._code_sha256()
+        identity = self._identity or self._identify()
         return {
             "step": "embed",
             "class": type(self).__name__,
-            **({"code": code} if code else {}),
+            **({"code": identity.code} if identity.code else {}),
             "model": self.model_name,
             "weights": self.weights_sha256(),
-            "preprocessing": None if self.reads_own_shards else self.spec.to_dict(),
+            "preprocessing": identity.preprocessing,
             "honour_exif": self.honour_exif,
             "max_image_pixels": self.limits.max_pixels,
             "batch_shape": None if self.reads_own_shards else [self._rows(device), 3, *output],
@@ -229,6 +239,7 @@ class ImageEmbedder(BatchStep):
             "precision": self._precision(device),
             "normalize": self.normalize_embeddings,
             "dtype": self.dtype,
+            **({"unrepeatable": identity.unrepeatable} if identity.unrepeatable else {}),
             "software": {name: version(name) for name in ("torch", "timm", "pillow")},
         }
 
@@ -248,10 +259,15 @@ class ImageEmbedder(BatchStep):
 
     def settled(self, settings: Settings, *, images: int | None = None) -> Self:
         """A copy whose threads and compile are fixed for a whole run; see ``BatchStep.settled``."""
+        fixed = copy.copy(self)
+        fixed._identity = self._identify()  # workers have it from here: what runs may change its own state
+        if fixed._identity.unrepeatable:
+            log.warning("%s: %s", self._title, fixed._identity.unrepeatable["why"])
+        if self.reads_own_shards:
+            return fixed
         compile = settings.compile
         if compile is None:
             compile = self.compile_repays(images) if self.compile == "auto" else bool(self.compile)
-        fixed = copy.copy(self)
         # On a GPU the count says nothing about the result; one constant keeps recipes equal between machines.
         fixed._threads, fixed.compile = (settings.threads if self._is_cpu else None), compile
         return fixed
@@ -260,9 +276,9 @@ class ImageEmbedder(BatchStep):
         """A copy that names this decoder, where none was chosen: DALI's pixels differ a little from Pillow's."""
         if self.decoder != "auto":
             return self
-        decoded = copy.copy(self)
-        decoded.decoder = decoder
-        return decoded
+        named = copy.copy(self)
+        named.decoder = decoder
+        return named
 
     def eager(self) -> Self:
         """A copy that neither compiles nor records its model."""
@@ -435,6 +451,9 @@ class ImageEmbedder(BatchStep):
     def _runner_here(self) -> ModelRunner:
         """The runner of ``embed``, neither compiled nor recorded: it is for a few images."""
         device = self._target_device
+        asked, seen = torch.device(device), torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if asked.type == "cuda" and (asked.index or 0) >= seen:
+            raise UsageError(f"device='{device}' was asked for, and this process sees {seen} GPUs. Pass device='cpu'")
         key = device, self.batch_size, self._threads, self.dtype, self.normalize_embeddings, self.autocast
         if key not in self._models:
             self._models[key] = self.eager().load_model(device)
@@ -459,31 +478,26 @@ class ImageEmbedder(BatchStep):
     def _picture(self, number: int, item: Picture) -> torch.Tensor:
         name = f"images[{number}]" + (f" ({fspath(item)})" if isinstance(item, str | PathLike) else "")
         try:
-            if isinstance(item, Image.Image):
-                return self.prepare(_loaded(item, honour_exif=self.honour_exif))
-            encoded = item if isinstance(item, bytes) else _read(item)
-            return self.prepare(decode(encoded, self.limits, honour_exif=self.honour_exif))
+            return self.prepare(decoded(item, self.decode_options()))
         except ImageError as error:
             raise ImageError(error.reason, f"{name}: {error.detail}" if error.detail else name) from error
-        except OSError as error:
-            raise ImageError(Reason.READ_ERROR, f"{name}: {error}") from error
 
-    def _code_sha256(self) -> str | None:
-        """Identify the code of classes that are not this package's; None where there are none or no source is had."""
-        if "code" not in self._memory:
-            package = __name__.partition(".")[0]
-            foreign = [
-                kind
-                for kind in type(self).__mro__
-                if issubclass(kind, ImageEmbedder) and kind.__module__.partition(".")[0] != package
-            ]
-            try:
-                source = "".join(map(inspect.getsource, foreign))
-            except (OSError, TypeError):  # typed into an interactive interpreter
-                source = ""
-            self._memory["code"] = hashlib.sha256(source.encode()).hexdigest() if source else None
-        found: str | None = self._memory["code"]
-        return found
+    def _identify(self) -> Identity:
+        """What the embedder's own code and transform are now; both can change between two runs of one process."""
+        transform = None if self.reads_own_shards else self.spec
+        package = __name__.partition(".")[0]
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, ImageEmbedder)]
+        own = {kind: kind._source for kind in kinds if kind.__module__.partition(".")[0] != package}
+        return Identity.of(own, transform)
+
+    def digest_state(self) -> dict[str, Any]:
+        """Attributes that a subclass has added: what a transform that is a method of its embedder may depend on."""
+        return {name: value for name, value in vars(self).items() if name not in _OWN_ATTRIBUTES}
+
+
+_OWN_ATTRIBUTES = frozenset(inspect.signature(ImageEmbedder.__init__).parameters) | frozenset(
+    ("spec", "limits", "_threads", "_identity", "_memory", "_models")
+)
 
 
 def _spec_of(transform: Any) -> Spec:
@@ -496,22 +510,3 @@ def _spec_of(transform: Any) -> Spec:
             f"transform must be a PreprocessSpec, a torchvision Compose or another callable, not {transform!r}"
         )
     return spec_from_transform(transform)
-
-
-def _loaded(image: Image.Image, *, honour_exif: bool) -> DecodedImage:
-    try:
-        image.load()
-    except Exception as error:  # a lazily opened image meets its decoder only here
-        raise ImageError(Reason.CORRUPT, f"{type(error).__name__}: {error}") from error
-    turned = ImageOps.exif_transpose(image) if honour_exif else image
-    return DecodedImage(encoded=b"", original=turned, format=image.format or "")
-
-
-def _read(path: str | PathLike[str]) -> bytes:
-    if not isinstance(path, str | PathLike):
-        raise UsageError(f"embed takes paths, bytes or PIL images, not {type(path).__name__}")
-    import fsspec
-
-    with fsspec.open(fspath(path), "rb") as file:
-        data: bytes = file.read()
-    return data

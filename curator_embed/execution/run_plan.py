@@ -234,7 +234,7 @@ def _first(*values: int | None) -> int | None:
 
 def _settle(step: Step, footers: Sequence[Any], cores: int, images: int | None) -> Step:
     """Fix threads and compile for a whole run; a resumed run takes over what finished shards used."""
-    if not isinstance(step, BatchStep) or step.reads_own_shards:
+    if not isinstance(step, BatchStep):
         return step
     recorded = recorded_settings(footers, step) or {}
     threads, compiled = recorded.get("threads"), recorded.get("compile")

@@ -170,6 +170,8 @@ def judge_columns(
 
 def _difference(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Name the first fields that differ, shortly: "model: 'a' there, 'b' now"."""
+    if isinstance(unrepeatable := wanted.get("unrepeatable"), Mapping):
+        return str(unrepeatable.get("why"))
     keys = [key for key in sorted({*made, *wanted}) if made.get(key) != wanted.get(key)]
 
     def short(value: Any) -> str:

@@ -388,3 +388,9 @@ def test_planning_for_a_gpu_needs_none() -> None:
     planned = Seeded("mine", device="cuda", batch_size=1024)
     assert planned.embedding_dim == 5
     assert not torch.cuda.is_initialized()
+
+
+def test_a_gpu_that_is_not_there_is_told(encoded: list[bytes]) -> None:
+    with pytest.raises(UsageError, match=r"device='cuda:99' was asked for, .* Pass device='cpu'"):
+        MeanColour(device="cuda:99").embed(encoded[:1])
+    assert len(MeanColour(device="cpu").embed(encoded[:1])) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -83,12 +84,14 @@ class ImageEmbedder(BatchStep):
     """
 
     column_argument = "image_embedding_column"
-    _source: ClassVar[str] = ""
+    _source: ClassVar[str | None] = None
     """The class's source as it was when the class was made: the file may have been edited since."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._source = source_of(cls)
+        # Workers' threads make classes as well, of pickles that bring the source; Python 3.11 cannot look for it there
+        # while another thread does.
+        cls._source = source_of(cls) if threading.current_thread() is threading.main_thread() else None
 
     def __init__(
         self,
@@ -487,7 +490,11 @@ class ImageEmbedder(BatchStep):
         transform = None if self.reads_own_shards else self.spec
         package = __name__.partition(".")[0]
         kinds = [kind for kind in type(self).__mro__ if issubclass(kind, ImageEmbedder)]
-        own = {kind: kind._source for kind in kinds if kind.__module__.partition(".")[0] != package}
+        own = {
+            kind: source_of(kind) if kind._source is None else kind._source
+            for kind in kinds
+            if kind.__module__.partition(".")[0] != package
+        }
         return Identity.of(own, transform)
 
     def digest_state(self) -> dict[str, Any]:

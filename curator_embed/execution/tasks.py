@@ -110,7 +110,8 @@ class Tasks:
     def drop(self, keys: Iterable[str]) -> None:
         """Nobody needs these any more. Dask lets those that run go on to their end; nothing is heard of them."""
         for key in keys:
-            self._tickets.pop(key).future.cancel()
+            if (ticket := self._tickets.pop(key, None)) is not None:  # the one whose error ends the run is out already
+                ticket.future.cancel()
 
     def over(self, key: str) -> bool:
         """Whether this task needs no doing: ``next`` is going to tell of it, or it was dropped."""

@@ -133,7 +133,7 @@ def test_a_worker_is_killed_in_the_middle_and_nothing_is_missing(
 
 
 def test_a_python_that_is_not_there_is_named(config: dict[str, Any]) -> None:
-    with pytest.raises(CuratorEmbedError, match=r"did not start on 127.0.0.1.*It said: .*/no/python.*Try: ssh 127"):
+    with pytest.raises(CuratorEmbedError, match=r"did not start on 127.0.0.1.*/no/python.*Try: ssh -p .*127"):
         get_client(config={**config, "python": "/no/python"})
 
 

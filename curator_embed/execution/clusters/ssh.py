@@ -126,7 +126,10 @@ class SshConfig(ClusterConfig):
         keys = self.connect_options.get("client_keys") or ()
         for key in [keys] if isinstance(keys, str) else keys:
             options += ["-i", str(key)]
-        if isinstance(known := self.connect_options.get("known_hosts", ""), str) and known:
+        known = self.connect_options.get("known_hosts", ())
+        if known is None:  # asyncssh's way to trust any host
+            options += ["-o", "StrictHostKeyChecking=no"]
+        elif isinstance(known, str):
             options += ["-o", f"UserKnownHostsFile={known}"]
         user = self.connect_options.get("username")
         host = f"{user}@{self.hosts[0]}" if user else self.hosts[0]

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from curator_embed.execution.flights import Flight
 from curator_embed.execution.job import FaultKind
 
 ALLOWED_DEATHS = 3
@@ -189,33 +190,30 @@ class Blame:
     # -- breaks ----------------------------------------------------------------------------
 
     def refused(
-        self, refusal: Refusal, positions: Sequence[int], left: Sequence[int], fit: Collection[str], *, chance: int,
-        alone: bool, left_out: bool,
-    ) -> list[Decision]:  # fmt: skip
-        """A worker cannot do the job: its pipeline could not be built, or broke down with these units in it.
+        self, refusal: Refusal, flight: Flight, left: Sequence[int], fit: Collection[str], *, left_out: bool
+    ) -> list[Decision]:
+        """A worker cannot do the job: its pipeline could not be built, or broke down with a task's units in it.
 
         Args:
-            positions: of the task's units.
-            left: those that are not finished and are in no other task.
+            flight: the task.
+            left: those of its units that are not finished and are in no other task.
             fit: workers that can do the job, as far as is known without this word.
-            chance: when the task was handed out.
-            alone: the task was the trial of a single unit.
             left_out: the worker is left out already.
         """
         decisions: list[Decision] = []
         # A word from before it was let in again is no news of the worker.
-        if not left_out and chance >= self._given.get(refusal.address, 0):
+        if not left_out and flight.chance >= self._given.get(refusal.address, 0):
             decisions.append(LeaveOut(refusal.address, refusal.cause))
             fit = set(fit) - {refusal.address}
             if refusal.had_begun:
                 self._broken[refusal.address] = set()
-                self._breaks_in_a_row += not alone
+                self._breaks_in_a_row += not flight.alone
         if not refusal.had_begun:
             return decisions
-        self._broken.setdefault(refusal.address, set()).update(positions)
-        if alone:
-            return decisions + self._broke_alone(positions[0], refusal, fit)
-        self._breaks.update(positions)
+        self._broken.setdefault(refusal.address, set()).update(flight.positions)
+        if flight.alone:
+            return decisions + self._broke_alone(flight.positions[0], refusal, fit)
+        self._breaks.update(flight.positions)
         again = tuple(position for position in left if self._breaks[position] < BROKEN)
         self.suspects.extend(position for position in left if position not in again)
         if again:
@@ -248,13 +246,9 @@ class Blame:
             self._given[address] = self.chance
         return LetIn(tuple(addresses))
 
-    def nobody_able(self, refusal: Refusal) -> EndRun | None:
-        """No worker can do the job, the last one since this word.
-
-        Returns:
-            None when it is to be waited for others, or when what was raised is the job's own error (``hopeless``).
-        """
-        return _model_breaks(refusal) if self._breaks and not self._worked else None
+    def nobody_able(self, refusal: Refusal) -> list[Decision]:
+        """No worker can do the job, the last one since this word; nothing where it is to be waited for others."""
+        return [_model_breaks(refusal)] if self._breaks and not self._worked else []
 
     @property
     def broke_before(self) -> bool:

@@ -22,11 +22,11 @@ from curator_embed.execution.job import Fault, FaultKind, ShardReport
 from curator_embed.execution.messages import Messages
 from curator_embed.execution.progress import Progress
 from curator_embed.execution.report import RunReport
-from curator_embed.execution.stragglers import Stragglers, Stranded, attempts, idle_threads
+from curator_embed.execution.stragglers import Stragglers, Stranded, attempts
 from curator_embed.execution.tasks import Died, Lost, NotGiven, Outcome, SchedulerGone, Tasks, scheduler_there
 from curator_embed.execution.work import Round, Work
 from curator_embed.execution.worker import TaskReport, WorkerUnfit, progress_topic
-from curator_embed.execution.workers import PAUSED_REMEDY, WAIT_KEY, Workers, host, patience, scheduler_address
+from curator_embed.execution.workers import PAUSED_REMEDY, Workers, host, patience, scheduler_address
 from curator_embed.tables.lock import OutputLock
 
 log = logging.getLogger(__name__)
@@ -48,12 +48,7 @@ class Driver:
     """
 
     def __init__(
-        self,
-        client: Client,
-        work: Work,
-        report: RunReport,
-        stop: threading.Event,
-        locks: Sequence[OutputLock] = (),
+        self, client: Client, work: Work, report: RunReport, stop: threading.Event, locks: Sequence[OutputLock] = ()
     ) -> None:
         self.client, self.work, self.report = client, work, report
         self.stop, self.locks = stop, locks
@@ -65,7 +60,6 @@ class Driver:
         self._counted = 0  # units of this run that are in the report
         self._told_slow: set[str] = set()  # workers
         self._told_of_absence = False
-        self._idle, self._asked_idle = 0, 0.0  # threads with nothing to do, and when it was asked
 
     def run(self, show: bool) -> None:
         """Carry the work out; ``report`` says what became of it. Errors of the job itself are raised."""
@@ -76,7 +70,7 @@ class Driver:
             return
         self.workers.look()
         with Progress(self.work.total, show, self.work.counts) as self.bar, self._listening(), self.messages.open():
-            if not self._work_off() or self.report.ended:
+            if not self._work_off():
                 self.report.shards["left"] += todo - self._counted
                 self.report.stopped = self.report.shards["left"] > 0 and self._asked_to_stop()
             # Workers tell of their images now and then; what they have not told yet is in their reports.
@@ -92,11 +86,10 @@ class Driver:
         finally:
             with suppress(ValueError):  # a client that lost its scheduler has forgotten the topic
                 self.client.unsubscribe_topic(topic)
-            threads = max(self.workers.threads.values(), default=1)
+            threads, seen = max(self.workers.threads.values(), default=1), self.workers
             self.report.threads |= {"read": threads, "write": threads, **self.work.threads}
-            self.report.workers = max(1, self.workers.most)
-            self.report.workers_lost = self.workers.lost
-            self.report.worker_seconds = self.workers.seconds
+            self.report.workers, self.report.workers_lost = max(1, seen.most), seen.lost
+            self.report.worker_seconds = seen.seconds
 
     # -- the loop --------------------------------------------------------------------------
 
@@ -106,12 +99,9 @@ class Driver:
             for now in self.work.rounds(len(self.workers.threads), self.report):
                 if self._stopping() or not self._run_round(now):
                     return False
-            return True
+            return not self.report.ended
         except SchedulerGone as error:
-            self.report.ended = (
-                f"lost the Dask scheduler at {scheduler_address(self.client)} ({error}). What was finished is kept: "
-                "start the cluster again and run the same again to go on from there"
-            )
+            self.report.ended = error.ending(scheduler_address(self.client))
             return False
         finally:
             self._drop(list(self.flights.under_way))
@@ -155,39 +145,31 @@ class Driver:
         self._look_after_absence()
 
     def _look_after_stranded(self) -> None:
-        fit, wait = self.workers.fit, patience()
-        new, over = self.stranded.look(time.monotonic(), self.flights.under_way, fit, wait)
-        told = "%s is tried alone on %s, which Dask has paused; waiting %.0f s for it to go on (%s)"
-        for key in new:
-            log.warning(told, *self._name_and_place(self.flights.under_way[key]), wait, PAUSED_REMEDY)
-        for key in (key for key in over if not self.tasks.over(key)):
+        wait = patience()
+        new, over = self.stranded.look(time.monotonic(), self.flights.under_way, self.workers.fit, wait)
+        for key in (*new, *(key for key in over if not self.tasks.over(key))):
             flight = self.flights.under_way[key]
+            name, place = self.work.units[flight.positions[0]].name, ", ".join(sorted(flight.only_on or ()))
+            if key in new:
+                told = "%s is tried alone on %s, which Dask has paused; waiting %.0f s for it to go on (%s)"
+                log.warning(told, name, place, wait, PAUSED_REMEDY)
+                continue
             self._drop([key])
             if flight.alone:
                 self._died_alone(flight, deaths=1)
             else:
-                log.warning("%s has waited %.0f s for %s, which Dask has paused", *self._name_and_place(flight, wait))
+                log.warning("%s has waited %.0f s for %s, which Dask has paused", name, wait, place)
                 self.flights.put_back(flight)
 
-    def _name_and_place(self, flight: Flight, *between: float) -> tuple[str | float, ...]:
-        return (self.work.units[flight.positions[0]].name, *between, ", ".join(sorted(flight.only_on or ())))
-
     def _look_after_absence(self) -> None:
-        absence, wait = self.workers.absence(), patience()
-        if absence is None:
-            self._told_of_absence = False
-        elif absence.waited >= wait:
-            self.report.ended = (
-                f"{absence.what} (cluster at {scheduler_address(self.client)}), and none was there to {absence.go_on} "
-                f"within {wait:.0f} s. What was finished is kept: {absence.remedy}, and run the same again to go on "
-                f"from there, or wait longer with Dask's setting {WAIT_KEY}"
-            )
-        else:
+        absence = self.workers.absence()
+        if absence is not None and (why := absence.too_long(scheduler_address(self.client))):
+            self.report.ended = why
+        elif absence is not None:
             if not self._told_of_absence:
-                told = "%s; waiting %.0f s for one to %s (%s)"
-                log.warning(told, absence.what, wait, absence.go_on, absence.remedy)
-            self._told_of_absence = True
-            self.bar.set_postfix_str(f"{absence.what}, waiting {absence.waited:.0f} of {wait:.0f} s")
+                log.warning("%s", absence)
+            self.bar.set_postfix_str(absence.so_far())
+        self._told_of_absence = absence is not None
 
     # -- handing out -----------------------------------------------------------------------
 
@@ -209,7 +191,8 @@ class Driver:
 
     def _look_after_slow(self, now: Round) -> None:
         """While threads have nothing to do: ask slow tasks for what they have, and give it to others."""
-        idle, fit = 0 if self.flights.waiting else self._idle_threads(), self.workers.fit
+        fit = self.workers.fit
+        idle = 0 if self.flights.waiting else self.tasks.idle_threads(fit, LOOK_EVERY_S)
         slow = self.stragglers.look(time.monotonic(), self.flights.under_way, idle, len(fit), patience())
         if slow.ask_back:
             self.messages.ask_back(slow.ask_back)
@@ -232,14 +215,6 @@ class Driver:
             self._died_alone(flight, deaths=1)
         else:
             self.blame.suspects.extend(self.flights.unfinished(flight))
-
-    def _idle_threads(self) -> int:
-        fit, under_way = self.workers.fit, len(self.flights.under_way)
-        if under_way < sum(fit.values()):
-            return sum(fit.values()) - under_way
-        if time.monotonic() - self._asked_idle >= LOOK_EVERY_S:
-            self._asked_idle, self._idle = time.monotonic(), idle_threads(fit, self.tasks.places())
-        return self._idle
 
     def _submit(
         self, now: Round, positions: tuple[int, ...], only_on: frozenset[str] | None, alone: bool = False
@@ -268,9 +243,7 @@ class Driver:
             case WorkerUnfit():
                 self._refused(flight, outcome)
             case NotGiven(failed):
-                for number, why in failed.items():
-                    what = f"what it is made from could not be computed ({why}). Run again to retry it"
-                    self._carry_out([SetAside(flight.positions[number], FaultKind.UNUSABLE, what)])
+                self._carry_out(SetAside(flight.positions[n], FaultKind.UNUSABLE, why) for n, why in failed.items())
                 self._again(flight)
             case Lost():
                 self._again(flight)
@@ -348,15 +321,8 @@ class Driver:
         first = error.had_begun and not self.blame.broke_before
         if error.had_begun:
             self.flights.fail(flight)
-        decisions = self.blame.refused(
-            refusal,
-            flight.positions,
-            self.flights.unfinished(flight),
-            self.workers.fit,
-            chance=flight.chance,
-            alone=flight.alone,
-            left_out=error.address in self.workers.unfit,
-        )
+        left, left_out = self.flights.unfinished(flight), error.address in self.workers.unfit
+        decisions = self.blame.refused(refusal, flight, left, self.workers.fit, left_out=left_out)
         if any(isinstance(decision, LeaveOut) for decision in decisions):
             what = "its shards are tried once more" if error.had_begun else "the others went on without it"
             self.report.note(f"{error}; {what}")
@@ -369,8 +335,7 @@ class Driver:
             return
         if self.blame.hopeless:
             raise error.cause
-        if (end := self.blame.nobody_able(refusal)) is not None:
-            self._carry_out([end])
+        self._carry_out(self.blame.nobody_able(refusal))
 
     def _carry_out(self, decisions: Iterable[Decision]) -> None:
         for decision in decisions:

@@ -6,6 +6,7 @@ Apart from the driver so that what Dask raises, and when, is known in one place.
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any
 from distributed import Client, Future
 from distributed.scheduler import KilledWorker, NoValidWorkerError
 
+from curator_embed.execution.stragglers import idle_threads
 from curator_embed.execution.work import Job, Unit
 from curator_embed.execution.worker import TaskReport, WorkerUnfit, pack, run_task
 
@@ -24,6 +26,17 @@ RESULT_WITHIN_S = 60.0
 
 class SchedulerGone(Exception):
     """The scheduler has dropped this run's tasks: it died, was restarted, or cannot be reached."""
+
+    def ending(self, cluster: str) -> str:
+        """Why the run ends.
+
+        Args:
+            cluster: the scheduler's address.
+        """
+        return (
+            f"lost the Dask scheduler at {cluster} ({self}). What was finished is kept: start the cluster again and "
+            "run the same again to go on from there"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Tasks:
     def __init__(self, client: Client, run_id: str) -> None:
         self._client, self._run_id = client, run_id
         self._tickets: dict[str, _Ticket] = {}
+        self._asked, self._idle = 0.0, 0
         self._packed: tuple[Job | None, bytes] = (None, b"")  # the last job
         self._finished: queue.SimpleQueue[Future[TaskReport]] = queue.SimpleQueue()
 
@@ -137,6 +151,15 @@ class Tasks:
                 future.release()
         return None
 
+    def idle_threads(self, threads: Mapping[str, int], every: float) -> int:
+        """Threads with nothing to do, of these workers; asks the scheduler at most once in ``every`` seconds."""
+        idle = sum(threads.values()) - len(self._tickets)
+        if idle > 0:
+            return idle
+        if time.monotonic() - self._asked >= every:
+            self._asked, self._idle = time.monotonic(), idle_threads(threads, self.places())
+        return self._idle
+
     def places(self) -> Mapping[str, Collection[str]]:
         """Keys of the tasks of every worker, those that wait there, too."""
         with scheduler_there():
@@ -160,9 +183,13 @@ def _outcome(ticket: _Ticket) -> Outcome:
         return Lost()
     failed = {n: given for n, given in enumerate(ticket.given) if given is not None and given.status == "error"}
     if failed:
-        return NotGiven({n: f"{type(why := given.exception()).__name__}: {why}" for n, given in failed.items()})
+        return NotGiven({number: _not_given(given.exception()) for number, given in failed.items()})
     assert error is not None
     raise error.with_traceback(future.traceback())
+
+
+def _not_given(error: BaseException | None) -> str:
+    return f"what it is made from could not be computed ({type(error).__name__}: {error}). Run again to retry it"
 
 
 @contextmanager

@@ -129,6 +129,27 @@ class Absence:
     remedy: str
     waited: float
 
+    def __str__(self) -> str:
+        return f"{self.what}; waiting {patience():.0f} s for one to {self.go_on} ({self.remedy})"
+
+    def so_far(self) -> str:
+        """For a progress bar."""
+        return f"{self.what}, waiting {self.waited:.0f} of {patience():.0f} s"
+
+    def too_long(self, cluster: str) -> str:
+        """Why the run ends, when it has been waited long enough; empty before that.
+
+        Args:
+            cluster: its address.
+        """
+        if self.waited < patience():
+            return ""
+        return (
+            f"{self.what} (cluster at {cluster}), and none was there to {self.go_on} within {patience():.0f} s. What "
+            f"was finished is kept: {self.remedy}, and run the same again to go on from there, or wait longer with "
+            f"Dask's setting {WAIT_KEY}"
+        )
+
 
 class Workers:
     """The workers of a run: looked at now and then, some of them not fit for its job.

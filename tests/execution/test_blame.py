@@ -28,6 +28,7 @@ from curator_embed.execution.blame import (
     SetAside,
     TryApart,
 )
+from curator_embed.execution.flights import Flight
 from curator_embed.execution.job import FaultKind
 from curator_embed.execution.run import RunStopped
 from curator_embed.steps import BatchModel
@@ -183,10 +184,12 @@ def test_tasks_that_lose_all_workers_they_may_use_kill_them_in_the_end() -> None
     assert judge.gone([4, 5]) and not judge.gone([5])
 
 
-def broke(judge: Blame, address: str, *positions: int, alone: bool = False, fit: Sequence[str] = (), **how: Any) -> Any:
-    how = {"chance": judge.chance, "left_out": False, **how}
+def broke(
+    judge: Blame, address: str, *positions: int, alone: bool = False, fit: Sequence[str] = (), chance: int | None = None
+) -> Any:
     refusal = Refusal(address, "node", "ValueError: no", had_begun=True)
-    return judge.refused(refusal, positions, positions, [address, *fit], alone=alone, **how)
+    flight = Flight(positions, alone=alone, chance=judge.chance if chance is None else chance)
+    return judge.refused(refusal, flight, positions, [address, *fit], left_out=False)
 
 
 def test_a_shard_is_suspect_when_it_was_in_two_pipelines_that_broke() -> None:
@@ -241,15 +244,15 @@ def test_four_breaks_in_a_row_are_the_models() -> None:
 def test_what_no_worker_can_load_is_the_jobs_own_error() -> None:
     judge = Blame()
     refusal = Refusal("a", "node", "RuntimeError: no GPU", had_begun=False)
-    options: Any = {"chance": 0, "alone": False, "left_out": False}
-    assert judge.refused(refusal, [1], [1], ["a"], **options) == [LeaveOut("a", "RuntimeError: no GPU")]
-    assert judge.hopeless and judge.nobody_able(refusal) is None
+    found = judge.refused(refusal, Flight((1,)), [1], ["a"], left_out=False)
+    assert found == [LeaveOut("a", "RuntimeError: no GPU")]
+    assert judge.hopeless and judge.nobody_able(refusal) == []
     judge.finished()
-    assert not judge.hopeless and judge.nobody_able(refusal) is None, "others may come"
+    assert not judge.hopeless and judge.nobody_able(refusal) == [], "others may come"
 
 
 def test_a_model_that_broke_and_cannot_be_loaded_again_is_said_to_break() -> None:
     judge = Blame()
     broke(judge, "a", 1)
-    end = judge.nobody_able(Refusal("a", "node", "RuntimeError: no GPU", had_begun=False))
+    [end] = judge.nobody_able(Refusal("a", "node", "RuntimeError: no GPU", had_begun=False))
     assert isinstance(end, EndRun) and "breaks down whatever it works on" in end.why and not judge.hopeless

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curator_embed.execution import driver, workers
+from curator_embed.execution import driver, tasks, workers
 from curator_embed.execution.driver import Driver
 from curator_embed.execution.job import FaultKind
 from curator_embed.execution.report import RunReport
@@ -56,6 +56,7 @@ def drive(cluster: SimulatedCluster, names: Sequence[str], each: int = 1) -> Run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "time", cluster)
         patch.setattr(workers, "time", cluster)
+        patch.setattr(tasks, "time", cluster)
         Driver(client, Names(names, each), report, threading.Event()).run(show=False)
     return report
 

@@ -257,6 +257,24 @@ def test_workers_are_counted_as_they_come_and_go() -> None:
     assert seen.absent_since is not None and seen.lost == 4
 
 
+async def lose(scheduler: Any, address: str) -> None:
+    await scheduler.remove_worker(address, stimulus_id="died", close=False)
+
+
+@pytest.mark.parametrize("sent_away", [True, False])
+def test_a_worker_that_was_sent_away_is_told_from_one_that_died(sent_away: bool, nobody: LocalCluster) -> None:
+    nobody.scale(1)
+    client = Client.current()
+    client.wait_for_workers(1)
+    [address] = client.nthreads()
+    if sent_away:
+        nobody.scale(0)
+    else:
+        client.sync(lose, nobody.scheduler, address)
+    wait_until(lambda: not client.nthreads())
+    assert workers.Workers(client).retired(address) == sent_away
+
+
 class OnlyOne(ColourEmbedder):
     """Its model can be loaded on one worker, which is ready when all others have failed."""
 

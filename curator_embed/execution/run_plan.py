@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from curator_embed.errors import SourceError, UsageError
+from curator_embed.errors import UsageError
 from curator_embed.execution.job import ShardJob, ShardReport
 from curator_embed.execution.survey import look, survey, unfaithful
 from curator_embed.sources.path_list import cut_otherwise, to_fit
@@ -26,6 +26,7 @@ from curator_embed.tables.known_files import fit_to_folder
 from curator_embed.tables.overwriting import Overwriting
 from curator_embed.tables.provenance import recorded_settings
 from curator_embed.tables.shard_table import Seen, ShardTable
+from curator_embed.tables.splicing import Layout, NotCopied
 
 SURVEY_THREADS = {"local": 2, "remote": 16}
 """Threads that read footers: from a local disk more than two only wait for each other."""
@@ -118,7 +119,7 @@ def make_plan(
         left = overwriting.begin(versions).versions
         shards = [shard.replacing(left.get(shard.name)) for shard in shards]
     judged = [survey(job, shard, limit, seen) for shard, seen in zip(shards, looks, strict=True)]
-    surveys = _refuse_unfaithful(job, shards, judged)
+    surveys = _refuse_unfaithful(job, shards, judged, limit)
     needed = {position for found in surveys for position in found.todo}
     not_needed = frozenset(range(len(steps))) - needed
     job = dataclasses.replace(job, not_needed=not_needed, dimensions=_dimensions(job, surveys))
@@ -137,7 +138,7 @@ def make_plan(
 
 
 def _refuse_unfaithful(
-    job: ShardJob, shards: Sequence[Shard], judged: Sequence[tuple[Judgement, Seen]]
+    job: ShardJob, shards: Sequence[Shard], judged: Sequence[tuple[Judgement, Seen]], limit: int | None
 ) -> list[Judgement]:
     """The judgements, with a conflict where a table could not be written back as it is.
 
@@ -151,7 +152,7 @@ def _refuse_unfaithful(
         if schema is not None:
             kind = tuple(schema.names)
             if kind not in kinds:
-                kinds[kind] = unfaithful(job, shard, judgement, seen)
+                kinds[kind] = unfaithful(job, shard, judgement, seen, limit)
             if (conflict := kinds[kind]) is not None and judgement.conflict is None:
                 judgement = dataclasses.replace(judgement, todo=(), conflict=conflict)
         found.append(judgement)
@@ -269,19 +270,13 @@ def _copied_share(tables: Sequence[tuple[Shard, str]], job: ShardJob) -> float:
         if job.select is None and not shard.image_columns:
             return 1.0
         try:
-            with Location.of(path, job.storage_options).open_parquet() as parquet:
-                schema, found = parquet.schema_arrow, parquet.metadata
-        except (SourceError, FileNotFoundError):
+            with Location.of(path, job.storage_options).open_bytes() as file:
+                layout = Layout.read(file)
+        except (NotCopied, OSError):
             continue
-        wanted = set(schema.names) - set(shard.image_columns) if job.select is None else {job.id_col, *job.select}
-        copied = total = 0
-        for group in range(found.num_row_groups):
-            for number in range(found.num_columns):
-                column = found.row_group(group).column(number)
-                path_in = column.path_in_schema
-                total += column.total_compressed_size
-                if any(path_in == name or path_in.startswith(f"{name}.") for name in wanted):
-                    copied += column.total_compressed_size
+        names = {column.name for column in layout.columns}
+        wanted = names - set(shard.image_columns) if job.select is None else {job.id_col, *job.select}
+        copied, total = layout.stored_bytes(wanted), layout.stored_bytes(names)
         return copied / total if total else 1.0
     return 1.0
 

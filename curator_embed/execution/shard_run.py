@@ -40,7 +40,7 @@ from curator_embed.tables.pairing import (
 )
 from curator_embed.tables.provenance import ERROR_COLUMN, ERROR_RECIPE, Entry, Footer
 from curator_embed.tables.shard_table import NO_IDS, Ids, ShardTable
-from curator_embed.tables.writing import NewColumn, TablePlan, TargetChanged, can_append, collect_table
+from curator_embed.tables.writing import NewColumn, TablePlan, TargetChanged, collect_table, takes_no_nulls
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,11 @@ class ShardRun:
 
     # -- begin ---------------------------------------------------------------------------
 
-    def begin(self) -> bool:
+    def begin(self, *, writes: bool = True) -> bool:
         """Read the shard into the pipeline. Returns False when it is already done.
+
+        Args:
+            writes: whether a file will be written, beside which scratch files may lie.
 
         Raises:
             UsageError, SourceError: something stands in the way, or a file cannot be used.
@@ -75,7 +78,7 @@ class ShardRun:
         found, seen = survey(job, self.shard, self.limit)
         if found.conflict is not None:
             raise UsageError(f"{found.conflict}. {found.conflict.advice}")
-        if (conflict := unfaithful(job, self.shard, found, seen)) is not None:
+        if (conflict := unfaithful(job, self.shard, found, seen, self.limit)) is not None:
             raise UsageError(f"{conflict}. {conflict.advice}")
         self.target, self.facts = seen.target, seen.facts
         if found.done:
@@ -93,9 +96,10 @@ class ShardRun:
         self.table = self._table(seen.table)
         self.ids = self._read_ids()
         self.numeric = key_normaliser(self.ids.type)
-        self.opened = self._stack.enter_context(
-            self.pipeline.shard([p for p in self.todo if not _reads_itself(job.steps[p])])
-        )
+        place = self.target.location
+        scratch = place.path if writes and place.is_local else None
+        piped = [p for p in self.todo if not _reads_itself(job.steps[p])]
+        self.opened = self._stack.enter_context(self.pipeline.shard(piped, scratch))
         try:
             self._feed(self.opened)
         except BaseException:
@@ -275,7 +279,7 @@ class ShardRun:
                 )
 
         # Rows of the table first, then rows for images that no row knows.
-        orphans = pairing.orphans if self._adds_rows() else np.empty(0, np.int64)
+        orphans = pairing.orphans if len(pairing.orphans) and self._adds_rows() else np.empty(0, np.int64)
         self.report.images_without_row = len(pairing.orphans) if self.limit is None else 0
         sample_of_row = np.concatenate([pairing.sample_of_row, orphans])
         ambiguous = np.concatenate([pairing.ambiguous, np.zeros(len(orphans), dtype=bool)])
@@ -322,7 +326,16 @@ class ShardRun:
         """Whether images that no row knows get rows of their own, with values in every column of the run."""
         if self.job.output is None or self.limit is not None or self.table is None or self._copies():
             return False
-        return can_append(self._schema(), self.job.id_col, self._selected(self._schema()))
+        return not self._takes_no_rows()
+
+    def _takes_no_rows(self) -> str:
+        """Why the table cannot have rows with an id alone; empty when it can."""
+        assert self.table is not None
+        selected = self._selected(self._schema())
+        if column := takes_no_nulls(self._schema(), self.job.id_col, selected):
+            return f"the table's column '{column}' takes no nulls; name the others with columns="
+        conflict = self.table.unfaithful(selected, other_rows=True)
+        return "" if conflict is None else conflict.why
 
     def _copies(self) -> bool:
         """Whether a column of the run comes from the table: it has values for the table's own rows alone."""
@@ -408,8 +421,8 @@ class ShardRun:
                 what = "left out: pass an output path and overwrite=True to get rows for them"
             elif self._copies():
                 what = "left out, as columns are copied that have no value for them: pass overwrite=True to get rows"
-            elif not self._adds_rows():
-                what = "left out: a column of the table takes no nulls; name the others with columns="
+            elif why := self._takes_no_rows():
+                what = f"left out: {why}"
             self._note(path, f"{len(pairing.orphans)} images have no row in the table, {what}")
 
     def _note(self, path: str, message: str) -> None:

@@ -67,7 +67,7 @@ def survey(job: ShardJob, shard: Shard, limit: int | None = None, seen: Seen | N
     return _judged(job, shard, seen, asked(job, limit))
 
 
-def unfaithful(job: ShardJob, shard: Shard, found: Judgement, seen: Seen) -> Conflict | None:
+def unfaithful(job: ShardJob, shard: Shard, found: Judgement, seen: Seen, limit: int | None = None) -> Conflict | None:
     """What of the table could not be written back as it is; None where nothing is to be written, or all of it can be.
 
     Apart from ``survey``: it reads more of the footer than that, about 50 microseconds a column and row group.
@@ -79,8 +79,10 @@ def unfaithful(job: ShardJob, shard: Shard, found: Judgement, seen: Seen) -> Con
         return table.unfaithful() if found.todo else None
     made = {name for position in found.todo for name in job.steps[position].columns()} | {ERROR_COLUMN}
     names = [] if table.stored.schema is None else table.stored.schema.names
-    kept = names if job.select is None else (job.id_col, *job.select)
-    return table.unfaithful([name for name in kept if name not in made and name not in shard.image_columns])
+    held = shard.image_columns
+    kept = [name for name in names if name not in held] if job.select is None else [job.id_col, *job.select]
+    left_out = limit is not None or job.on_error == "drop"
+    return table.unfaithful([name for name in kept if name not in made], other_rows=left_out)
 
 
 def _judged(job: ShardJob, shard: Shard, seen: Seen, what: Asked) -> tuple[Judgement, Seen]:

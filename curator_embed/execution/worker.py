@@ -93,7 +93,7 @@ def read_partition(shard: Shard, job: ShardJob) -> pa.Table:
     """
     with _frames.lease(job) as pipeline:
         run = ShardRun(job, shard, pipeline)
-        if run.begin():
+        if run.begin(writes=False):
             table = run.collect()
             unwanted = {*shard.image_columns, *(() if job.steps else (ERROR_COLUMN,))}
             return table.drop_columns([name for name in table.column_names if name in unwanted])

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from curator_embed.errors import CuratorEmbedError, Reason, StepError
+from curator_embed.errors import CuratorEmbedError, Reason, SourceError, StepError
+from curator_embed.pipeline.vectors import VECTOR_BYTES, VectorMemory, Vectors
 from curator_embed.steps import BatchModel
 
 
@@ -60,7 +61,7 @@ class DecodeEngine(Protocol):
 class OpenShard:
     """One shard's images on their way through the pipeline, and the values that have come out."""
 
-    def __init__(self, pipeline: Pipeline, wanted: tuple[int, ...]) -> None:
+    def __init__(self, pipeline: Pipeline, wanted: tuple[int, ...], scratch: str | None = None) -> None:
         self._pipeline, self.wanted = pipeline, wanted
         self._lock = threading.Condition()
         self._outstanding = 0
@@ -68,13 +69,20 @@ class OpenShard:
         self.errors: dict[int, Reason] = {}
         self.decoders: Counter[str] = Counter()
         self.values: dict[int, dict[int, Mapping[str, Any]]] = {p: {} for p in pipeline.image_steps}
-        self.vectors: dict[int, Vectors] = {p: Vectors() for p in pipeline.batch_steps}
+        self.vectors: dict[int, Vectors] = {p: Vectors(pipeline.memory, scratch) for p in pipeline.batch_steps}
 
     def submit(self, ordinal: int, encoded: bytes) -> None:
-        """Hand in one encoded image; blocks while the queues are full."""
+        """Hand in one encoded image; blocks while the queues are full. Raises what has failed meanwhile."""
         with self._lock:
+            if self._fault is not None:
+                raise self._fault
             self._outstanding += 1
         self._pipeline._enqueue(_Item(self, ordinal, encoded))
+
+    def under_way(self) -> bool:
+        """Whether images are in the pipeline, wanted or not."""
+        with self._lock:
+            return self._outstanding > 0
 
     def done(self) -> bool:
         """Whether everything handed in has come out."""
@@ -92,6 +100,14 @@ class OpenShard:
             if self._fault is not None:
                 raise self._fault
             return done
+
+    def _put(self, position: int, ordinal: int, vector: np.ndarray) -> None:
+        """Store a vector; where there is no place for it, the shard fails, and no other."""
+        if self._fault is None:
+            try:
+                self.vectors[position].put(ordinal, vector)
+            except SourceError as fault:
+                self._fail(fault)
 
     def _finish(self, count: int = 1) -> None:
         with self._lock:
@@ -114,42 +130,6 @@ def sound(vectors: np.ndarray) -> list[bool]:
     largest = (np.ascontiguousarray(vectors).view(bits) & bits.type(2 ** (size - 1) - 1)).max(axis=1, initial=0)
     found: list[bool] = ((largest > 0) & (largest < infinity)).tolist()
     return found
-
-
-class Vectors:
-    """Embeddings of one shard by ordinal: as much memory as they need, no copy when they grow."""
-
-    CHUNK = 4096
-
-    def __init__(self) -> None:
-        self._chunks: dict[int, np.ndarray] = {}
-        self._present: dict[int, np.ndarray] = {}
-        self._lock = threading.Lock()
-        self.dim = 0
-        self.dtype: np.dtype[Any] = np.dtype(np.float32)
-
-    def put(self, ordinal: int, vector: np.ndarray) -> None:
-        """Store one vector (dim,)."""
-        number, place = divmod(ordinal, self.CHUNK)
-        with self._lock:
-            if number not in self._chunks:
-                self.dim, self.dtype = vector.shape[0], vector.dtype
-                self._chunks[number] = np.empty((self.CHUNK, self.dim), self.dtype)
-                self._present[number] = np.zeros(self.CHUNK, dtype=bool)
-            self._chunks[number][place] = vector
-            self._present[number][place] = True
-
-    def gather(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(n,) ordinals, -1 for none -> vectors (n, dim) and present (n,) bool."""
-        vectors = np.zeros((len(ordinals), self.dim), self.dtype)
-        present = np.zeros(len(ordinals), dtype=bool)
-        numbers = ordinals // self.CHUNK
-        for number in self._chunks:
-            mine = numbers == number
-            places = ordinals[mine] - number * self.CHUNK
-            vectors[mine] = self._chunks[number][places]
-            present[mine] = self._present[number][places]
-        return vectors, present
 
 
 @dataclass(slots=True)
@@ -253,9 +233,11 @@ class Pipeline:
         threads: decode threads.
         max_queued_bytes: encoded bytes waiting to be decoded, at most.
         max_ready_batches: batches of prepared images waiting for the model, at most.
+        max_vector_bytes: embeddings of open shards that are kept in memory, at most; more goes to scratch files.
         dtypes: per batch step position, the float type of its column (float32), to which vectors are converted.
 
     Attributes:
+        memory: what open shards use of ``max_vector_bytes``.
         clock: seconds a stage.
         images: through so far, good or bad.
     """
@@ -269,6 +251,7 @@ class Pipeline:
         threads: int,
         max_queued_bytes: int = 128 << 20,
         max_ready_batches: int = 4,
+        max_vector_bytes: int = VECTOR_BYTES,
         dtypes: Mapping[int, Any] | None = None,
         on_images: Callable[[int], None] | None = None,
     ) -> None:
@@ -276,6 +259,7 @@ class Pipeline:
         self.batch_steps, self.image_steps = tuple(models), tuple(image_steps)
         self.clock = StageClock()
         self.images = 0
+        self.memory = VectorMemory(max_vector_bytes)
         self._dtypes = dict(dtypes or {})
         self._gauges = {"encoded": Gauge(), "ready": Gauge()}
         self._on_images = on_images
@@ -347,9 +331,14 @@ class Pipeline:
                 self._to_embed.notify_all()
 
     @contextmanager
-    def shard(self, wanted: Sequence[int]) -> Iterator[OpenShard]:
-        """Open a shard for the steps at these positions; what breaks the pipeline meanwhile breaks its ``wait``."""
-        opened = OpenShard(self, tuple(wanted))
+    def shard(self, wanted: Sequence[int], scratch: str | None = None) -> Iterator[OpenShard]:
+        """Open a shard for the steps at these positions; what breaks the pipeline meanwhile breaks its ``wait``.
+
+        Args:
+            scratch: path of its output, beside which embeddings lie that do not fit into memory; None for the system's
+                folder for temporary files.
+        """
+        opened = OpenShard(self, tuple(wanted), scratch)
         with self._lock:
             if self._fault is not None:
                 raise self._fault
@@ -357,9 +346,11 @@ class Pipeline:
         try:
             yield opened
         finally:
+            for vectors in opened.vectors.values():
+                vectors.close()
             with self._lock:
                 self._open.discard(opened)
-                if not opened.done():
+                if opened.under_way():
                     # What an abandoned shard left in the queues must not be computed.
                     self._items = deque(item for item in self._items if item.shard is not opened)
                     self._bytes = sum(len(item.encoded) for item in self._items)
@@ -510,7 +501,7 @@ class Pipeline:
         good = sound(vectors)
         for (shard, ordinal, _, waiting), vector, is_good in zip(batch.entries, vectors, good, strict=True):
             if is_good:
-                shard.vectors[batch.position].put(ordinal, vector)
+                shard._put(batch.position, ordinal, vector)
             else:
                 shard.errors.setdefault(ordinal, Reason.BAD_VECTOR)
             waiting[0] -= 1

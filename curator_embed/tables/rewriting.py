@@ -159,20 +159,26 @@ def _copying(path: str) -> Iterator[None]:
         raise SourceError(path, f"its columns cannot be copied: {error}", LEAVE_OUT) from error
 
 
-def faithful(table: Location, columns: Collection[str] | None = None) -> str:
-    """Why a parquet file's columns cannot be written back as they are; "" when they can. ``LEAVE_OUT`` says what then.
+def faithful(table: Location, columns: Collection[str] | None = None, *, other_rows: bool = False) -> str:
+    """Why a parquet file's columns cannot be written back as they are; empty when they can. ``LEAVE_OUT`` helps.
 
     Read from its footer, in about 50 microseconds per column and row group.
 
     Args:
         columns: those that are written back; None for all, as in place.
+        other_rows: whether rows are left out or added.
     """
-    with table.open_bytes() as file:
-        try:
+    try:
+        with table.open_bytes() as file:
             layout = Layout.read(file)
-        except NotCopied as error:
-            return f"its columns cannot be copied: {error}"
-    return _uncopied(layout, [column for column in layout.columns if columns is None or column.name in columns])
+    except NotCopied as error:
+        return f"its columns cannot be copied: {error}"
+    chosen = [column for column in layout.columns if columns is None or column.name in columns]
+    why = _uncopied(layout, chosen)
+    if not why and other_rows:
+        with table.open_parquet() as parquet:
+            why = uncuttable(parquet, chosen, layout)
+    return why
 
 
 def _uncopied(layout: Layout, columns: Sequence[Column]) -> str:

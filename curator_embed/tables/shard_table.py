@@ -148,13 +148,14 @@ class ShardTable:
             "reasons": dict(sorted(reasons.items())),
         }
 
-    def unfaithful(self, columns: Collection[str] | None = None) -> Conflict | None:
+    def unfaithful(self, columns: Collection[str] | None = None, *, other_rows: bool = False) -> Conflict | None:
         """What stands in the way of writing the file's columns back as they are; None where nothing does.
 
         Args:
             columns: those that are written back; None for all, as in place.
+            other_rows: whether rows are left out or added.
         """
-        why = faithful(self.location, columns) if self.exists else ""
+        why = faithful(self.location, columns, other_rows=other_rows) if self.exists else ""
         return Conflict(ConflictKind.UNFAITHFUL, self.stored.path, why, LEAVE_OUT) if why else None
 
     def write(self, plan: TablePlan, *, from_table: ShardTable | None = None) -> int:

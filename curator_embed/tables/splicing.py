@@ -8,7 +8,7 @@ Format: https://github.com/apache/parquet-format/blob/master/src/main/thrift/par
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -148,6 +148,12 @@ class Layout:
     def decoded_bytes(self, group: int, leaf: int) -> int:
         """Bytes of a leaf's pages when they are not compressed."""
         return int(self.chunk(group, leaf)[_META][1][_UNCOMPRESSED_SIZE][1])
+
+    def stored_bytes(self, names: Collection[str]) -> int:
+        """Bytes of the columns of these names, as far as the footer tells: of encrypted ones it need not."""
+        leaves = [leaf for column in self.columns if column.name in names for leaf in column.leaves]
+        chunks = (group[_CHUNKS][1][1][leaf] for group in self.row_groups for leaf in leaves)
+        return sum(chunk[_META][1][_SIZE][1] for chunk in chunks if _META in chunk)
 
     def row_group_rows(self, group: int) -> int:
         """Rows of a row group."""

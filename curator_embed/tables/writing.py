@@ -152,14 +152,14 @@ def clear_temporaries(folder: Location, stems: Collection[str] | None = None) ->
     return removed
 
 
-def can_append(schema: pa.Schema, id_col: str, written: Collection[str] | None = None) -> bool:
-    """Whether rows can be added that have an id and nothing else: every other column may be null.
+def takes_no_nulls(schema: pa.Schema, id_col: str, written: Collection[str] | None = None) -> str:
+    """The first column that must have a value in each row; empty when rows can be added that have an id alone.
 
     Args:
         written: the columns that are written; None for all.
     """
-    others = [item for item in schema if item.name != id_col and (written is None or item.name in written)]
-    return all(item.nullable and not _unreadable_null(item.type) for item in others)
+    others = (item for item in schema if item.name != id_col and (written is None or item.name in written))
+    return next((str(item.name) for item in others if not item.nullable or _unreadable_null(item.type)), "")
 
 
 def _unreadable_null(kind: pa.DataType) -> bool:

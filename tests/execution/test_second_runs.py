@@ -350,7 +350,7 @@ def test_an_image_without_a_row_is_counted_where_a_column_takes_no_nulls(
     pq.write_table(pa.table({"key": ["a", "b"], "label": [1, 2]}, schema=schema), folder / "0.parquet")
     report = embed(folder, tmp_path / "out")
     assert (report.read, report.embedded, report.images_without_row) == (2, 2, 1)
-    assert any("a column of the table takes no nulls" in note for note in report.notes)
+    assert any("'label' takes no nulls" in note for note in report.notes)
     assert not pq.read_schema(tmp_path / "out" / "0.parquet").field("label").nullable
     assert embed(folder, tmp_path / "without", columns=[]).read == 3, "the way that the note names"
 

@@ -13,7 +13,7 @@ import pytest
 
 from curator_embed.errors import Reason
 from curator_embed.execution.worker import _close
-from curator_embed.pipeline.pipeline import OpenShard, Pipeline, PipelineClosed, Prepared, Vectors
+from curator_embed.pipeline.pipeline import OpenShard, Pipeline, PipelineClosed, Prepared
 from curator_embed.steps import BatchModel
 
 
@@ -163,17 +163,6 @@ def test_closing_tells_the_shards_that_wait() -> None:
         threading.Timer(0.1, pipeline.close).start()
         with pytest.raises(PipelineClosed):
             opened.wait()
-
-
-def test_vectors_of_many_chunks_are_gathered_by_ordinal() -> None:
-    vectors = Vectors()
-    wanted = [0, 1, Vectors.CHUNK - 1, Vectors.CHUNK, 5 * Vectors.CHUNK + 3]
-    for ordinal in wanted:
-        vectors.put(ordinal, np.full(3, ordinal, np.float16))
-    found, present = vectors.gather(np.array([wanted[4], -1, 7, *wanted]))
-    assert present.tolist() == [True, False, False] + [True] * 5
-    assert found.dtype == np.float16 and found.shape == (8, 3)
-    assert found[3:, 0].tolist() == [np.float16(n) for n in wanted]
 
 
 def test_a_closed_pipeline_lets_go_of_its_models() -> None:

@@ -35,8 +35,8 @@ from curator_embed.tables.thrift import BINARY, I32, LIST, STRUCT, read_struct, 
 from curator_embed.tables.writing import (
     NewColumn,
     TablePlan,
-    can_append,
     collect_table,
+    takes_no_nulls,
     vectors_to_list_array,
     write_table,
 )
@@ -438,7 +438,7 @@ def test_rows_behind_the_others_have_nulls_in_the_same_types(name: str, tmp_path
     INPUTS[name](before)
     with Location.of(str(before)).open_parquet() as parquet:
         schema = parquet.schema_arrow
-    assert can_append(schema, "key")
+    assert not takes_no_nulls(schema, "key")
     ids = pa.array(["new", "newer"])
     blank = [nulls(2, item.type) if item.name != "key" else ids.cast(item.type) for item in schema]
     count = sum(group["rows"] for group in chunks(before))
@@ -458,11 +458,11 @@ def test_rows_behind_the_others_have_nulls_in_the_same_types(name: str, tmp_path
 
 def test_rows_cannot_be_added_to_required_columns_alone() -> None:
     schema = pa.schema([pa.field("key", pa.string(), nullable=False), ("text", pa.string())])
-    assert can_append(schema, "key")
-    assert not can_append(schema, "text")
-    assert can_append(schema, "text", ["text"])
+    assert takes_no_nulls(schema, "key") == ""
+    assert takes_no_nulls(schema, "text") == "key"
+    assert takes_no_nulls(schema, "text", ["text"]) == ""
     inside = pa.struct([pa.field("a", pa.int8(), nullable=False)])
-    assert can_append(pa.schema([("key", pa.string()), ("record", inside)]), "key")
+    assert takes_no_nulls(pa.schema([("key", pa.string()), ("record", inside)]), "key") == ""
 
 
 # -- INT96 ---------------------------------------------------------------------------------
@@ -528,6 +528,7 @@ def test_other_rows_of_a_type_that_pyarrow_does_not_write_are_refused_and_the_re
     assert pq.read_table(path)["money"].to_pylist()[3] == decimal.Decimal("0.03")
     with pytest.raises(SourceError, match=r"0\.parquet: column 'money' \(BYTE_ARRAY Decimal.*columns=\["):
         add_columns(path, target, keep=FEW)
+    assert "money" in faithful(Location.of(str(path)), other_rows=True)
     assert not target.exists()
     add_columns(path, target, keep=FEW, selected=["key"])
     assert pq.read_table(target)["key"].to_pylist() == ["a", "c", "d", "g"]
@@ -585,7 +586,7 @@ def test_what_cannot_be_copied_is_refused_and_the_remedy_works(
         with pytest.raises(SourceError, match=rf"0\.parquet: column '{column}' cannot be copied"):
             write_table(plan, Location.of(str(place)), Location.of(str(place)).token())
     assert path.read_bytes() == data and not target.exists()
-    assert faithful(source, ["key"]) == ""
+    assert faithful(source, ["key"]) == faithful(source, ["key"], other_rows=True) == ""
     plan = TablePlan(source, None, np.arange(ROWS), None, NOBODY, NEW, Footer(), ["key"])
     write_table(plan, Location.of(str(target)), None)
     assert pq.read_table(target)["key"].to_pylist() == list("abcdefg")

@@ -26,7 +26,7 @@ class Reason(StrEnum):
     NOT_FOUND = "not_found"  # a list names the image, and there is no such file or object
     REFUSED = "refused"  # the row names what its dataset may not open: outside its root, another host, a chain
     AMBIGUOUS_ID = "ambiguous_id"  # an id occurs n times in the table and m times among the samples
-    BAD_VECTOR = "bad_vector"  # the embedding is zero, infinite or not a number: the model cannot do with this image
+    BAD_VECTOR = "bad_vector"  # the embedding is zero, infinite or not a number; none is stored
     EMBED_ERROR = "embed_error"  # a step failed on this image, or a custom embedder returned nothing for the row
 
 

@@ -18,6 +18,7 @@ from distributed import Client
 
 from curator_embed.datasets.export_shards import KEY, ExportJob, Marked, MarkJob, NewShard, Piece
 from curator_embed.datasets.partitions import Partitions, PartWork, check_partitions, column_of
+from curator_embed.datasets.pending import taken_columns
 from curator_embed.errors import UsageError
 from curator_embed.execution.carry_out import carry_out, check_writable, hold, make_folder, must_see, raise_for
 from curator_embed.execution.clients import some_client
@@ -176,13 +177,17 @@ def _check_arguments(
         raise UsageError(f"samples_per_shard={samples_per_shard}: at least 1")
     if max_shards < 1:
         raise UsageError(f"max_shards={max_shards} is the number of digits in shard names: at least 1")
-    if old_id_col == dataset.id_col:
-        raise UsageError(f"old_id_col='{old_id_col}' is the id column itself; choose another name for the old ids")
     if dataset.steps:
         raise UsageError("the dataset has pending steps; call save_metadata() first, then export what it saved")
     columns = dataset.metadata.columns
     if filter_column not in columns:
         raise UsageError(f"no column '{filter_column}' to filter by; the metadata has: {', '.join(map(str, columns))}")
+    taken = {*taken_columns(dataset.shards, dataset.id_col), *columns, KEY}
+    if old_id_col in taken:
+        raise UsageError(
+            f"old_id_col='{old_id_col}' is the name of another column, which the old ids would replace; choose another "
+            "name for them"
+        )
     check_partitions(dataset.metadata, len(dataset.shards), dataset.id_col)
     kind = column_of(dataset.metadata._meta, filter_column).type
     if not any(is_so(kind) for is_so in (pa.types.is_boolean, pa.types.is_integer, pa.types.is_null)):

@@ -232,9 +232,6 @@ class ExportJob(UnitJob):
         else:
             table = table.add_column(0, KEY, keys)
         if self.old_id_col is not None:
-            if self.old_id_col in table.column_names:
-                table = table.drop_columns([self.old_id_col])
-                entries.pop(self.old_id_col, None)
             table = table.append_column(self.old_id_col, old)
         counts = tally(table.column(ERROR_COLUMN).to_pylist()) if ERROR_COLUMN in table.column_names else {}
         output = {"export": self.made_from, "tar": dict(tar), "no_image": no_image}

@@ -111,9 +111,31 @@ def test_digits_of_shard_names(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="15 shards do not fit into 1 digits; raise max_shards"):
         export(source, tmp_path / "one", samples_per_shard=2, max_shards=1)
     assert not (tmp_path / "one").exists()
-    for wrong in ({"samples_per_shard": 0}, {"max_shards": 0}, {"old_id_col": "key"}):
+    for wrong in ({"samples_per_shard": 0}, {"max_shards": 0}):
         with pytest.raises(UsageError):
             export(source, tmp_path / "wrong", **wrong)
+
+
+@pytest.mark.parametrize("name", ["key", "caption", "image_error", "keep"])
+def test_old_ids_replace_no_column(name: str, source: Path, tmp_path: Path) -> None:
+    mark(source, dict.fromkeys(tar_images(source), True))
+    with pytest.raises(UsageError, match=f"old_id_col='{name}' is the name of another column"):
+        export(source, tmp_path / "out", old_id_col=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_old_ids_do_not_take_the_place_of_the_new_ones(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    members = [("a.jpg", crops(wheel_photos[0], 1)[0]), ("a.json", b'{"uid": 7}')]
+    write_tar(folder / "00000.tar", members)
+    pq.write_table(pa.table({"uid": [7], "keep": [True]}), folder / "00000.parquet")
+    dataset = ImageTextPairDataset.from_webdataset(str(folder), id_col="uid")
+    with pytest.raises(UsageError, match="old_id_col='key' is the name of another column"):
+        dataset.to_webdataset(str(tmp_path / "out"), "keep", old_id_col="key", progress=False)
+    dataset.to_webdataset(str(tmp_path / "out"), "keep", old_id_col="old", progress=False)
+    (row,) = pq.read_table(tmp_path / "out" / "00000.parquet").to_pylist()
+    assert (row["old"], row["uid"], row["key"]) == (7, 7, "000000000")
 
 
 def test_rows_without_image_are_counted_and_named(source: Path, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import importlib
 import inspect
 import json
 import logging
+import os
 import pickle
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,6 +147,40 @@ def test_the_packages_own_embedders_have_no_code_and_nothing_that_cannot_be_repe
         "device", "decoder", "threads", "compile", "precision", "normalize", "dtype", "software", "architecture",
     }  # fmt: skip
     assert recipe["preprocessing"] == TimmImageEmbedder("test_resnet.r160_in1k").blueprint.spec().to_dict()
+
+
+SCRIPT = """
+import json, sys, warnings
+import torch
+from curator_embed.embedders import ImageEmbedder
+
+WORDS = {"a", "b", "c", "d", "e"}
+def mean(batch): return batch.mean((2, 3)) + len(WORDS)
+
+class Own(ImageEmbedder):
+    def load_embedding_model(self, device): return mean
+
+def grey(names):
+    def transform(image, sizes=frozenset(["x", "y", 3, 4.5])):
+        return torch.ones(3, 2, 2) * ("a" in names) + len(sizes)
+    return transform
+
+print(json.dumps(Own("mine", transform=grey(WORDS), device="cpu").recipe(), sort_keys=True))
+"""
+
+
+def test_recipes_are_the_same_in_every_process(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def told(hash_seed: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": hash_seed}
+        ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+        return ran.stdout
+
+    first = told("1")
+    assert len(json.loads(first)["code"]) == len(json.loads(first)["preprocessing"]["sha256"]) == 64
+    assert told("2") == first
 
 
 # -- its transform ----------------------------------------------------------------------------------

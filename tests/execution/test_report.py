@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from curator_embed.execution.job import Fault, FaultKind, ShardReport
+from curator_embed.errors import MissingExtra, SourceError, UsageError
+from curator_embed.execution.job import FailedRows, Fault, FaultKind, NothingReadable, ShardReport, fault_of
 from curator_embed.execution.report import RunReport, bottleneck
 from curator_embed.pipeline.pipeline import Gauge
 
@@ -43,3 +44,21 @@ def test_a_fault_is_a_value_in_python_and_text_in_json() -> None:
     assert report.to_dict()["faults"] == {"7": "failed_rows: 7.tar: odd, but its name", "8": "1 row"}
     assert report.shards == {"done": 0, "skipped": 1, "failed": 1, "left": 0} and report.read == 3
     assert "set aside      7: failed_rows: 7.tar" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (SourceError("a.tar", "is no tar", "Restore it"), FaultKind.UNUSABLE, "a.tar: is no tar. Restore it"),
+        (UsageError("id_col= is missing"), FaultKind.UNUSABLE, "id_col= is missing"),
+        (MissingExtra("gcsfs", "gcs", "Reading gs://"), FaultKind.UNUSABLE, "b.tar: Reading gs:// needs the package"),
+        (FailedRows("2 rows failed"), FaultKind.FAILED_ROWS, "2 rows failed"),
+        (NothingReadable("not one image"), FaultKind.NOTHING_READABLE, "not one image"),
+        (OSError(5, "Input/output error"), FaultKind.UNUSABLE, "b.tar: cannot be read ([Errno 5] Input/output error)"),
+        (KeyError("odd"), FaultKind.UNUSABLE, "b.tar: could not be worked on (KeyError: 'odd'). The log has"),
+    ],
+)
+def test_an_exception_becomes_the_fault_of_the_shard_that_it_met(error: Exception, kind: FaultKind, told: str) -> None:
+    fault = fault_of(error, "b.tar")
+    assert fault.kind is kind and fault.message.startswith(told)
+    assert ShardReport("b", fault=fault).held == (kind is FaultKind.NOTHING_READABLE)

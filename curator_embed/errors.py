@@ -49,9 +49,9 @@ def redact_name(name: str) -> str:
 def _redacted(text: str, *, whole: bool = False) -> str:
     """One URL, or several that lead through each other. In a sentence, punctuation at the end is the sentence's."""
     first, *rest = text.split("://")
-    shown = [first]
+    shown, is_web = [first], False
     for piece in rest:
-        is_web = shown[-1].lower().endswith(("http", "https"))
+        is_web = is_web or shown[-1].lower().endswith(("http", "https"))
         shown.append(_without_user(piece))
         if is_web and (end := re.search("[?#]" if whole else "[?]", shown[-1])):
             shown[-1] = shown[-1][: end.start()] + ("" if whole else text[len(text.rstrip(_PUNCTUATION)) :])

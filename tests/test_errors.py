@@ -6,7 +6,7 @@ import pickle
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from curator_embed.errors import ImageError, MissingExtra, Reason, SourceError, UsageError, redact, redact_name
@@ -38,6 +38,7 @@ def test_no_secret_with_slashes_is_shown(secret: str, path: str) -> None:
 
 
 @given(st.sampled_from(["http", "https", "HTTP"]), _HOSTS, _PATHS, _QUERIES)
+@example("http", "host", "://", "sig=QQ")
 def test_no_query_is_shown(scheme: str, host: str, path: str, query: str) -> None:
     url = f"{scheme}://{host}/{path}?{query}"
     for text in (redact(url), redact_name(url), redact(f"{url} failed"), redact(f'"{url}" and')):

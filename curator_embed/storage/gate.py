@@ -353,6 +353,8 @@ def _split(url: str) -> SplitResult | None:
         parts = urlsplit(url)
         if not parts.hostname or parts.port == 0 or re.search(r"[\x00-\x20\x7f\\]", parts.netloc):
             return None
+        if "::" in re.sub(r"\[[^\[\]]*\]", "", parts.netloc):  # no part of an address of IPv6
+            return None
     except ValueError:  # a port out of range, half an IPv6 address
         return None
     return parts if url.partition("://")[2].startswith(parts.netloc) else None  # else it held tabs or line ends

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import Client
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from yarl import URL
 
 from curator_embed.cli import main
 from curator_embed.cli.wording import in_options
@@ -596,6 +597,71 @@ def test_no_name_gets_out_of_a_folder(tmp_path_factory: Any, parts: list[str], a
         return
     (answer,) = read_many([place])
     assert isinstance(answer, Unread) or answer in (b"in", b"in/a")
+
+
+_URL_PIECES = st.sampled_from(
+    [
+        *(
+            "http://",
+            "https://",
+            "HTTP://",
+            "s3://",
+            "own",
+            "own:80",
+            "other",
+            "me:pw@",
+            "@",
+            "\\",
+            "#",
+            "?",
+            "/",
+            "in",
+        ),
+        *(
+            "/in/",
+            "..",
+            "/../",
+            "%2e%2e",
+            "%2f",
+            "%5c",
+            "::",
+            ":",
+            "[::1]",
+            "[",
+            "]",
+            "a.jpg",
+            "\t",
+            " ",
+            "\0",
+            "//",
+            ".",
+        ),
+        *("%00", "ß", "\u3002"),
+    ]
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.lists(_URL_PIECES, max_size=8).map("".join), st.sampled_from(["root", "list"]))
+@example("http://::me:pw@http://", "list")
+def test_credentials_go_to_the_users_own_place_as_aiohttp_reads_urls(name: str, kind: str) -> None:
+    """Two readers of URLs may see two hosts in one text: what counts is who is connected to."""
+    gate = Gate.of_root("http://own/in") if kind == "root" else Gate.of_list("http://own/in/list.txt")
+    place = gate.admit(name)
+    if isinstance(place, Unread):
+        return
+    assert place.remote
+    try:
+        url = URL(place.path)
+    except ValueError:  # nothing is sent then
+        return
+    if place.base is not None:
+        assert place.path.startswith(f"{place.base}/") and "::" not in place.path
+        assert (url.scheme, url.host, url.port) == ("http", "own", 80)
+        above = "/in/" if place.base == "http://own/in" else "/"
+        assert url.path.startswith(above) and url.path_safe.startswith(above)
+    else:
+        assert kind == "list" and url.scheme in ("http", "https") and "::" not in place.path.replace("[::1]", "")
 
 
 def test_a_gate_forgets_folders(tmp_path: Path) -> None:

@@ -372,12 +372,17 @@ def to_fit(found: Collection[str], own: Sequence[str]) -> str:
     """
     there = _ranges(cut_otherwise(found, own))
     mine = _ranges(own)
-    (_, first, _), (_, start, last) = mine[0], mine[-1]
-    missing = set(own[:-1]).difference(found)
-    if len(there) == 1 and there[0][1] == start and there[0][2] < last and not missing:
-        return f"If lines were added behind line {there[0][2]}, pass start_line={there[0][2]} to work on these alone"
+    (_, first, _), (_, _, last) = mine[0], mine[-1]
+    if len(there) == 1:
+        _, begin, end = there[0]
+        before = [name for name, (_, start, _) in zip(own, mine, strict=True) if start < begin]
+        # The list ended in this file, which would now hold more lines: all that came before it is there.
+        if any(start == begin and end < stop for _, start, stop in mine) and set(before) <= set(found):
+            return f"If lines were added behind line {end}, pass start_line={end} to work on these alone"
     width = max(end - begin for _, begin, end in there)
-    if all((begin - first) % width == 0 and end == min(begin + width, last) for _, begin, end in there):
+    # All files that are there were cut so, those among them that would be cut so now as well.
+    same = [*there, *_ranges(set(own) & set(found))]
+    if all((begin - first) % width == 0 and end == min(begin + width, last) for _, begin, end in same):
         return f"Pass images_per_file={width}, as when they were written"
     return f"Remove {'it' if len(there) == 1 else 'these files'} and run again"
 

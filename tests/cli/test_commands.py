@@ -335,7 +335,7 @@ def test_status_3_a_broken_shard(run: Run, source: Path, tmp_path: Path) -> None
 
 
 def test_status_3_somebody_holds_the_output(run: Run, source: Path, tmp_path: Path) -> None:
-    with OutputLock(Location.of(str(tmp_path / "out"))):
+    with OutputLock(Bookkeeping.of(Location.of(str(tmp_path / "out")))):
         ran = run("embed", source, *QUICK, "--output", tmp_path / "out")
     assert ran.status == 3
     assert f"process {os.getpid()} on " in ran.err
@@ -644,5 +644,5 @@ def test_a_second_interrupt_drops_what_is_in_flight(run: Run, many: Path, tmp_pa
     assert "interrupted" in complaints
     assert all(pq.read_table(path).num_rows == 6 for path in out.glob("*.parquet"))
     assert not list(out.glob("*.tmp-*"))
-    with OutputLock(Location.of(str(out))):
+    with OutputLock(Bookkeeping.of(Location.of(str(out)))):
         pass  # nobody holds it any more

@@ -121,6 +121,20 @@ def without_rows(path: str, keys: Sequence[str]) -> Here:
     return lay
 
 
+def json_field(name: str) -> Here:
+    """Tars alone, whose json members hold a field of this name."""
+
+    def lay(here: Path) -> None:
+        (here / "wds").mkdir()
+        images = [(here / "images" / f"{number}.jpg").read_bytes() for number in range(2)]
+        write_tar(here / "wds" / "00000.tar", [
+            member for number, image in enumerate(images)
+            for member in ((f"{number}.jpg", image), (f"{number}.json", json.dumps({name: "theirs"}).encode()))
+        ])  # fmt: skip
+
+    return lay
+
+
 # -- what came out ---------------------------------------------------------------------------
 
 
@@ -286,6 +300,16 @@ CASES = {
         f"{LIST} --images-per-file 3", ["--images-per-file 2"], [f"{LIST} --images-per-file 2"],
         rows("out", 5, "image_sha256"), [f"{LIST} --images-per-file 2 --end-line 4"],
     ),
+    "a list that has grown": Case(
+        f"{LIST} --images-per-file 2", ["added behind line 5, pass --start-line 5"],
+        [f"{LIST} --images-per-file 2 --start-line 5"], rows("out", 7, "image_sha256"),
+        [f"{LIST} --images-per-file 2"], lambda here: (here / "list.txt").open("a").write("0.jpg\n1.jpg\n"),
+    ),
+    "a list that has grown within its last file": Case(
+        f"{LIST} --images-per-file 4", ["added behind line 5, pass --start-line 5"],
+        [f"{LIST} --images-per-file 4 --start-line 5"], rows("out", 6, "image_sha256"),
+        [f"{LIST} --images-per-file 4", lambda here: (here / "list.txt").open("a").write("0.jpg\n")],
+    ),
     "a root that is not there": Case(
         "columns list.txt --root nowhere --hash sha256", ["no such folder", "--root"],
         ["columns list.txt --root images --hash sha256"], rows("list.txt_metadata", 5, "image_sha256"),
@@ -333,7 +357,44 @@ CASES = {
         f"{OUT} --log-dir list.txt", ["--log-dir list.txt: cannot write there"], [f"{OUT} --log-dir logs"],
         rows("out", 8, "phash", made=6),
     ),
+    # models and clusters
+    "no such model": Case(
+        "embed wds --model test_resnt --output out", ["Did you mean: test_resnet"],
+        ["embed wds --model test_resnet --compile off --output out"], rows("out", 8, "image_embedding", made=6),
+    ),
+    "two models, one column": Case(
+        "embed wds --model test_resnet --model test_vit --output out", ["--model test_vit=COLUMN"],
+        ["embed wds --model test_resnet --model test_vit=COLUMN --compile off --output out"],
+        rows("out", 8, "image_embedding", "COLUMN", made=6),
+    ),
+    "an image size that does not fit": Case(
+        "embed wds --model test_vit --image-size 161 --output out", ["Nearest sizes that do: 160"],
+        ["embed wds --model test_vit --image-size 160 --output out"], rows("out", 8, "image_embedding", made=6),
+    ),
+    "a device that is none": Case(
+        "embed wds --model test_resnet --device gpu --output out", ["--device gpu: use cpu"],
+        ["embed wds --model test_resnet --device cpu --compile off --output out"],
+        rows("out", 8, "image_embedding", made=6),
+    ),
+    "an option that Dask does not know": Case(
+        f"{OUT} --cluster c.yaml", ["c.yaml: options.memory_limti", "did you mean 'memory_limit'?"],
+        [write("c.yaml", "cluster: local\noptions: {memory_limit: 64GB}\n"), f"{OUT} --cluster c.yaml"],
+        rows("out", 8, "phash", made=6), lay=write("c.yaml", "cluster: local\noptions: {memory_limti: 64GB}\n"),
+    ),
+    "a size among Dask's options": Case(
+        f"{OUT} --cluster c.yaml", ["c.yaml: options.n_workers: ", "write gpus_per_node or workers_per_node"],
+        [write("c.yaml", "cluster: local\nworkers_per_node: 1\n"), f"{OUT} --cluster c.yaml"],
+        rows("out", 8, "phash", made=6), lay=write("c.yaml", "cluster: local\noptions: {n_workers: 1}\n"),
+    ),
     # what could not be read
+    "a field that would give way, overwrite": Case(
+        OUT, ["its json holds a field 'phash'", "--overwrite"], [f"{OUT} --overwrite"], rows("out", 2, "phash"),
+        lay=both(remove("wds"), json_field("phash")), status=3,
+    ),
+    "a field that would give way, another name": Case(
+        OUT, ["or choose another column name"], [f"{OUT} --prefix of_"], rows("out", 2, "phash", "of_phash"),
+        lay=both(remove("wds"), json_field("phash")), status=3,
+    ),
     "rows that fail under raise": Case(
         f"{OUT} --on-error raise", ["--on-error keep or --on-error drop"], [f"{OUT} --on-error keep --overwrite"],
         rows("out", 8, "phash", made=5), status=1,

@@ -23,7 +23,7 @@ from curator_embed import get_client
 from curator_embed.datasets import ImageTextPairDataset
 from curator_embed.embedders import ImageEmbedder, TimmImageEmbedder
 from curator_embed.errors import CuratorEmbedError, UsageError
-from curator_embed.execution.driver import BREAKS_IN_A_ROW
+from curator_embed.execution.blame import BREAKS_IN_A_ROW
 from curator_embed.execution.run import RowsFailed
 from curator_embed.steps import BatchModel
 from tests.rows import assert_embedded, assert_failed, colour_vector, table_rows, tar_images

@@ -109,7 +109,7 @@ def run_demo(out: str | Path = "demo-output", *, as_json: bool = False, photogra
     say(f"   {result.same_photograph} of {result.images} images: the nearest neighbour shows the same photograph")
     say(f"   {result.own_original} of {result.variants} variants: the nearest original is their own")
     say(f"Look at    {result.picture}")
-    say(f"Read       {result.embeddings} (parquet, one file a shard)")
+    say(f"Read       {result.embeddings} (parquet, one file per shard)")
     say(f"Took       {result.seconds:.0f} s")
     return result
 

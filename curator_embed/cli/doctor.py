@@ -47,7 +47,7 @@ CUDA = "cuda"
 """Stands for the extra that fits the torch that is installed: cuda12 or cuda13."""
 
 OPTIONAL = (
-    (("dask-cuda",), "dask_cuda", CUDA, "one worker a GPU"),
+    (("dask-cuda",), "dask_cuda", CUDA, "one worker per GPU"),
     (("cudf-cu13", "cudf-cu12"), "cudf", CUDA, "metadata as cuDF"),
     (("dask-cudf-cu13", "dask-cudf-cu12"), "dask_cudf", CUDA, "metadata as cuDF"),
     (("open_clip_torch",), "open_clip", "clip", "CLIP models with a text tower"),

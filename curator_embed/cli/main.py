@@ -78,7 +78,7 @@ Source = Annotated[
     typer.Argument(
         metavar="SRC",
         help="A folder of shards (00000.tar, with 00000.parquet beside it or not), one tar, a glob, or a range "
-        "like 'data/{00000..00012}.tar'; a text file with one image path a line; a folder of images; parquet files "
+        "like 'data/{00000..00012}.tar'; a text file with one image path per line; a folder of images; parquet files "
         "that hold images. A local path or any fsspec URL (s3://, gs://, https://, hf://).",
     ),
 ]
@@ -168,7 +168,7 @@ def embed(
         str, typer.Option(help="Name of the new column, of a model without =COLUMN.")
     ] = "image_embedding",
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images a batch on a GPU; a CPU works in batches of 16 at most.")
+        int, typer.Option(min=1, help="Images per batch on a GPU; a CPU works in batches of 16 at most.")
     ] = 256,
     threads: Annotated[
         int, typer.Option("--threads", "--num-threads", min=1, help="Threads a worker uses to decode.")

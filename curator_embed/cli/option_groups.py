@@ -1,4 +1,4 @@
-"""Options that several commands share, as one dataclass a group.
+"""Options that several commands share, as one dataclass per group.
 
 A command decorated with ``takes_groups`` names a group as a parameter; on the command line it has the group's options.
 """

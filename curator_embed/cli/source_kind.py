@@ -25,8 +25,8 @@ LIST_ENDINGS = (".txt", ".lst", ".list")
 PARQUET_ENDINGS = (".parquet", ".pq")
 
 _NEEDED = (
-    "A webdataset is a folder of *.tar, a folder of images holds files such as .jpg, .png or .webp, *.parquet files "
-    "hold images in a column of bytes, and a list of paths is named itself, not its folder"
+    "A webdataset is a folder of *.tar; a folder of images holds files such as .jpg, .png or .webp; *.parquet files "
+    "hold images in a column of bytes. For a path list, pass the list file, not its folder"
 )
 _SHOWN = 4
 

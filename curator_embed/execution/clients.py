@@ -1,4 +1,4 @@
-"""Dask clients: one process, several, one a GPU, a cluster from a YAML file, or somebody else's cluster."""
+"""Dask clients: one process, several, one per GPU, a cluster from a YAML file, or somebody else's cluster."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def get_client(
     there is more than one process, a line on standard error says where the dashboard is.
 
     Args:
-        cluster_type: "cpu", or "gpu" for one worker a GPU through dask-cuda.
+        cluster_type: "cpu", or "gpu" for one worker per GPU through dask-cuda.
         scheduler_address: connect to this scheduler ("tcp://10.0.0.1:8786") instead of starting a cluster.
         scheduler_file: the same, from the JSON file that ``dask scheduler --scheduler-file`` writes.
         n_workers: worker processes. On a CPU the default is one worker within this process, which needs

@@ -170,7 +170,7 @@ class RunReport:
         return self.worker_seconds or self.wall_seconds * self.workers
 
     def stages(self) -> dict[str, dict[str, Any]]:
-        """Per stage: its load, images a second of a thread's busy time, and what waited before it."""
+        """Per stage: its load, images per second of a thread's busy time, and what waited before it."""
         found: dict[str, dict[str, Any]] = {
             stage: {
                 "load": round(load, 3),
@@ -266,6 +266,6 @@ class RunReport:
         lines += [f"note           {note}" for note in self.notes[:10]]
         hidden = len(self.notes[10:]) + self.notes_left_out
         if hidden:
-            lines.append(f"note           ... and {hidden} more (see to_dict())")
+            lines.append(f"note           ... and {hidden} more (the report as JSON has them)")
         lines += [f"set aside      {shard}: {fault}" for shard, fault in self.faults.items()]
         return "\n".join(lines)

@@ -386,6 +386,16 @@ CASES = {
         [write("c.yaml", "cluster: local\nworkers_per_node: 1\n"), f"{OUT} --cluster c.yaml"],
         rows("out", 8, "phash", made=6), lay=write("c.yaml", "cluster: local\noptions: {n_workers: 1}\n"),
     ),
+    "a cluster's file that is not there": Case(
+        f"{OUT} --cluster c.yaml", ["c.yaml: cannot be read", "'cluster: local' and 'workers_per_node: 4'"],
+        [write("c.yaml", "cluster: local\nworkers_per_node: 1\n"), f"{OUT} --cluster c.yaml"],
+        rows("out", 8, "phash", made=6),
+    ),
+    "a list of paths in its folder": Case(
+        "columns lists --hash sha256 --root images --output out", ["no images there, but 1 .txt", "pass the list file"],
+        ["columns lists/list.txt --hash sha256 --root images --output out"], rows("out", 5, "image_sha256"),
+        lay=move("list.txt", "lists/list.txt"),
+    ),
     # what could not be read
     "a field that would give way, overwrite": Case(
         OUT, ["its json holds a field 'phash'", "--overwrite"], [f"{OUT} --overwrite"], rows("out", 2, "phash"),

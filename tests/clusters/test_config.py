@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from curator_embed.errors import UsageError
+from curator_embed.errors import CuratorEmbedError, UsageError
 from curator_embed.execution.clusters import ClusterConfig, read_cluster
 from curator_embed.execution.clusters.config import KINDS
 from tests.conftest import REPO
@@ -94,7 +94,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "key of another kind": ({**SLURM, "hosts": ["a"]}, r"unknown key 'hosts' of a slurm cluster"),
     "our own field": ({**SLURM, "path": "x"}, r"unknown key 'path'"),
     "key of no type": ("cluster: local\n3: 4", r"unknown key 3 of a local cluster"),
-    "missing": ({"cluster": "slurm", "cores_per_node": 8}, r"a slurm cluster needs the key 'memory_per_node'"),
+    "missing": ({"cluster": "slurm", "cores_per_node": 8},
+                r"a slurm cluster needs the keys 'memory_per_node' \(text\), 'walltime' \(text\)$"),
     "two names": ({**SLURM, "queue": "a", "partition": "b"}, r"'queue' is given twice"),
     "text for a number": ({**SLURM, "nodes": "four"}, r"nodes: must be a whole number, and is 'four'"),
     "true for a number": ("cluster: local\nworkers_per_node: yes", r"workers_per_node.*whole number.*YAML reads yes"),
@@ -132,7 +133,7 @@ def test_what_is_wrong_is_named(case: str, tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"nowhere\.yaml: cannot be read.*examples/clusters"):
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: cannot be read .*'cluster: local' and 'workers_per_node: 4'"):
         read_cluster(tmp_path / "nowhere.yaml")
     with pytest.raises(UsageError, match=r"cannot be read"):
         read_cluster(tmp_path)
@@ -180,6 +181,10 @@ def test_whatever_a_file_says_it_is_a_config_or_a_usage_error_that_names_it(
     else:
         assert isinstance(config, ClusterConfig) and config.path == str(path)
         assert config.kind == said.get("cluster", "scheduler")
+        try:
+            config.check()
+        except CuratorEmbedError as error:
+            assert str(path) in str(error) or "scheduler_file=" in str(error)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -111,7 +111,7 @@ class ClusterConfig:
 
     @property
     def workers(self) -> int:
-        """Workers of all nodes together: one a GPU, or ``workers_per_node``."""
+        """Workers of all nodes together: one per GPU, or ``workers_per_node``."""
         return self.nodes * (self.gpus_per_node or self.workers_per_node)
 
     def wrong(self, key: str, why: str) -> UsageError:
@@ -190,7 +190,10 @@ def _load(path: str) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not a YAML file: it is no UTF-8 text ({error.reason})") from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); see examples/clusters for such files") from error
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}). Such a file holds lines like 'cluster: local' and "
+            "'workers_per_node: 4'"
+        ) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: a date that is none
         raise UsageError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(said, dict):
@@ -223,7 +226,8 @@ def _config(said: Mapping[Any, Any], path: str) -> ClusterConfig:
     ]  # fmt: skip
     missing = [name for name in needed if name not in values]
     if missing:
-        raise UsageError(f"{path}: a {kind_of.kind} cluster needs the key '{missing[0]}'; see examples/clusters")
+        lacking = ", ".join(f"'{name}' ({_described(hints[name])})" for name in missing)
+        raise UsageError(f"{path}: a {kind_of.kind} cluster needs the key{'s' * (len(missing) > 1)} {lacking}")
     return kind_of(path=path, **values)
 
 

@@ -1,4 +1,4 @@
-"""Clusters on this machine: one worker within the process, several processes, or one process a GPU.
+"""Clusters on this machine: one worker within the process, several processes, or one process per GPU.
 
 ``get_client`` without a file uses the same functions.
 """

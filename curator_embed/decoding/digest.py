@@ -1,7 +1,7 @@
 """What determines a value, as one digest: code, parameters and state of functions and objects that somebody wrote.
 
-The digest is the same in every process and changes when any of it does. Code of installed packages and of Python itself
-counts by name: their versions are recorded elsewhere. What has no state that can be read is told, not passed over.
+The digest is the same in every process and changes when any of it does. Code of Python and of installed packages counts
+by name and version (``references.name_of``). What has no state that can be read is told, not passed over.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from curator_embed.decoding.references import (
 MOST_OBJECTS = 100_000
 """Objects that are looked at; a transform that leads to more of them is not understood."""
 DEEPEST = 100
-"""Objects within objects."""
+"""Objects within objects that are looked at."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, range, type(...), type(NotImplemented))
 _NEUTRAL = (
@@ -194,7 +194,7 @@ class _Walk:
             self.put("pattern", str(value.flags))
             self.visit(value.pattern, path)
         elif (inner := unwrapped(value)) is not None:
-            self.put("wrapper", type(value).__qualname__)
+            self.put("wrapper", type(value).__qualname__, str(len(inner)))
             for part in inner:
                 self.visit(part, path)
         else:
@@ -277,6 +277,7 @@ class _Walk:
         for name, used in used_by(value):
             self.put("uses", name)
             self.visit(used, f"{path}: {name}")
+        self.put("end")
 
     def _code(self, value: types.CodeType, path: str) -> None:
         counts = value.co_argcount, value.co_posonlyargcount, value.co_kwonlyargcount, value.co_flags
@@ -300,6 +301,7 @@ class _Walk:
                 if says_what_a_class_does(name) and not is_member:
                     self.put("has", name)
                     self.visit(item, f"{path}.{name}")
+            self.put("end")
 
     def _module(self, value: types.ModuleType, path: str) -> None:
         """A module as a value: nobody knows what will be used of it, so all functions and classes of its own count."""
@@ -308,6 +310,7 @@ class _Walk:
             if getattr(item, "__module__", None) == value.__name__ or (type(item) in _PLAIN and name[:2] != "__"):
                 self.put("has", name)
                 self.visit(item, f"{path}.{name}")
+        self.put("end")
 
     def _instance(self, value: Any, path: str) -> None:
         """An object: the code of its class, and what it would be pickled as."""

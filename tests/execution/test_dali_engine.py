@@ -258,7 +258,7 @@ class Overlapping(BatchModel):
 
         def collect() -> np.ndarray:
             self._under_way -= 1
-            return np.array([[image, -image] for image in images], np.float32)
+            return np.array([[image, -image - 1] for image in images], np.float32)
 
         return collect
 

@@ -23,7 +23,7 @@ from curator_embed.pipeline import engines
 from curator_embed.sources.webdataset import find_shards
 from curator_embed.steps import Step
 from tests.rows import assert_embedded, table_rows, tar_images
-from tests.shards import write_dataset
+from tests.shards import crops, write_dataset
 from tests.stub import ColourEmbedder, ColourModel
 
 pytestmark = pytest.mark.usefixtures("client")
@@ -150,6 +150,8 @@ def test_a_kind_twice_is_refused(source: Path) -> None:
         ImageHasher("phash")(ImageHasher()(ImageTextPairDataset.from_webdataset(str(source))))
 
 
-def test_too_many_pixels_are_a_reason(source: Path, tmp_path: Path) -> None:
+def test_too_many_pixels_are_a_reason(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    small = crops(wheel_photos[0], 1, size=40)[0]
+    source = write_dataset(tmp_path / "in", wheel_photos, shards=2, samples=6, bad={(0, 1): small, (1, 2): b"<html>"})
     report = save(source, ImageHasher(max_image_pixels=50 * 50), output=tmp_path / "out")
-    assert report.reasons == {"not_an_image": 1, "too_large": 11}
+    assert report.embedded == 1 and report.reasons == {"not_an_image": 1, "too_large": 10}

@@ -180,12 +180,29 @@ class Blueprint:
         model: torch.nn.Module = timm.create_model(self.timm_name, pretrained=pretrained, **args)
         return model
 
-    def _download(self) -> torch.nn.Module:
-        if not self.config.has_weights:
+    def check_pretrained(self) -> None:
+        """See that there are weights to download, without downloading any.
+
+        Raises:
+            UsageError: there are none under this name; names of the architecture that have some are given.
+        """
+        if self.config.has_weights:
+            return
+        import timm
+
+        tagged = timm.list_models(f"{self.timm_name.partition('.')[0]}.*", pretrained=True)
+        if tagged:
             raise UsageError(
-                f"there are no pretrained weights of {self.name}; add one of its tags to the name (see "
-                f"`curator-embed models '{self.timm_name}*'`) or pass weights=PATH"
+                f"there are no pretrained weights of {self.name}; choose {' or '.join(tagged[:4])}, "
+                "or pass weights=PATH"
             )
+        raise UsageError(
+            f"there are no pretrained weights of {self.name}; pass weights=PATH, or choose one of the models that "
+            "'curator-embed models' lists"
+        )
+
+    def _download(self) -> torch.nn.Module:
+        self.check_pretrained()
         hub = self.config.hf_hub_id
         try:
             if hub:

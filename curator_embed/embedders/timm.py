@@ -90,6 +90,8 @@ class TimmImageEmbedder(ImageEmbedder):
         self.weights = None if weights is None else os.path.abspath(weights)
         if weights is not None and not os.path.isfile(weights):
             raise UsageError(f"weights={os.fspath(weights)!r}: no such file")
+        if weights is None and pretrained and self._builds_blueprint:
+            self.blueprint.check_pretrained()
         if weights is None and not pretrained:
             warnings.warn(
                 f"{model_name} has random weights: pass pretrained=True or weights=PATH for useful embeddings",

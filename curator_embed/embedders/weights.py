@@ -118,6 +118,6 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
         return "not a pickle of tensors"  # torch's own text tells how to switch the check off
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -135,6 +135,18 @@ def json_field(name: str) -> Here:
     return lay
 
 
+def weights_of(model: str) -> Here:
+    """A state dict, as somebody trained it."""
+
+    def lay(here: Path) -> None:
+        import timm
+        import torch
+
+        torch.save(timm.create_model(model).state_dict(), here / f"{model}.pt")
+
+    return lay
+
+
 # -- what came out ---------------------------------------------------------------------------
 
 
@@ -370,6 +382,22 @@ CASES = {
     "an image size that does not fit": Case(
         "embed wds --model test_vit --image-size 161 --output out", ["Nearest sizes that do: 160"],
         ["embed wds --model test_vit --image-size 160 --output out"], rows("out", 8, "image_embedding", made=6),
+    ),
+    "no weights to download": Case(
+        "embed wds --model lcnet_035 --pretrained --output out", ["no pretrained weights of lcnet_035; pass --weights"],
+        [weights_of("lcnet_035"), "embed wds --model lcnet_035 --weights lcnet_035.pt --compile off --output out"],
+        rows("out", 8, "image_embedding", made=6),
+    ),
+    "weights that are none": Case(
+        "embed wds --model lcnet_035 --weights wds/00000.tar --output out", ["cannot be read as weights (not a pickle"],
+        [weights_of("lcnet_035"), "embed wds --model lcnet_035 --weights lcnet_035.pt --compile off --output out"],
+        rows("out", 8, "image_embedding", made=6),
+    ),
+    "random weights": Case(
+        "embed wds --model lcnet_035 --compile off --output out",
+        ["has random weights: pass --pretrained or --weights"],
+        [weights_of("lcnet_035"), "embed wds --model lcnet_035 --weights lcnet_035.pt --compile off --output trained"],
+        rows("trained", 8, "image_embedding", made=6), status=0,
     ),
     "a device that is none": Case(
         "embed wds --model test_resnet --device gpu --output out", ["--device gpu: use cpu"],

@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from curator_embed.embedders import TimmImageEmbedder
 from curator_embed.embedders.catalogue import Blueprint
 from curator_embed.embedders.weights import load_weights, read_state_dict, state_dict_sha256
 from curator_embed.errors import CuratorEmbedError, UsageError
@@ -176,3 +177,10 @@ def test_what_is_in_the_cache_needs_no_hub(tmp_path: Path, monkeypatch: pytest.M
 def test_a_name_without_pretrained_weights_says_so() -> None:
     with pytest.raises(UsageError, match="no pretrained weights of vit_base_patch32_plus_256"):
         Blueprint.of("vit_base_patch32_plus_256").build(pretrained=True)
+
+
+def test_a_tag_without_weights_names_those_that_have_some() -> None:
+    with pytest.raises(UsageError, match="weights of vit_huge_patch14_224.untrained; choose vit_huge") as told:
+        TimmImageEmbedder("vit_huge_patch14_224.untrained", pretrained=True)
+    named = str(told.value).partition("choose ")[2].partition(", or")[0].split(" or ")
+    assert len(named) >= 2 and all(Blueprint.of(name).config.has_weights for name in named)

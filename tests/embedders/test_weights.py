@@ -180,7 +180,7 @@ def test_a_name_without_pretrained_weights_says_so() -> None:
 
 
 def test_a_tag_without_weights_names_those_that_have_some() -> None:
-    with pytest.raises(UsageError, match="weights of vit_huge_patch14_224.untrained; choose vit_huge") as told:
+    with pytest.raises(UsageError, match=r"weights of vit_huge_patch14_224\.untrained; choose vit_huge") as told:
         TimmImageEmbedder("vit_huge_patch14_224.untrained", pretrained=True)
     named = str(told.value).partition("choose ")[2].partition(", or")[0].split(" or ")
     assert len(named) >= 2 and all(Blueprint.of(name).config.has_weights for name in named)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from curator_embed.tables.failpoints import failpoint
 from curator_embed.tables.pairing import ids_as_text, pair
 from curator_embed.tables.provenance import ASSIGNED, Entry, Footer
 from curator_embed.tables.shard_table import ShardTable
+from curator_embed.tables.taking import Taken
 from curator_embed.tables.writing import NewColumn, TablePlan
 
 
@@ -80,11 +81,7 @@ class AssignJob(UnitJob):
             raise UsageError(f"{conflict}. {conflict.advice}")
         ids = target.ids(self.job.id_col)
         rows = self._rows_of(ids.text, ids_as_text(table.column(self.job.id_col)), unit)
-        positions = pa.array(rows, mask=rows < 0)
-        columns = {
-            name: NewColumn(table.schema.field(name).type, _taking(table.column(name).combine_chunks(), positions))
-            for name in names
-        }
+        columns = {name: NewColumn(table.schema.field(name).type, Taken(table.column(name), rows)) for name in names}
         footer = target.footer if before or target.footer.output else Footer(id_col=self.job.id_col)
         footer = dataclasses.replace(footer, columns={**before, **made}, rows=target.stored.rows)
         empty = np.empty(0, dtype=np.int64)
@@ -143,11 +140,3 @@ def _as_arrow(part: Any) -> pa.Table:
     else:
         table = pa.Table.from_pandas(part, preserve_index=False)
     return table.replace_schema_metadata(None)
-
-
-def _taking(column: pa.Array | pa.ChunkedArray, positions: pa.Array) -> Callable[[np.ndarray], pa.Array]:
-    def values(rows: np.ndarray) -> pa.Array:
-        taken = column.take(positions.take(pa.array(rows)))
-        return taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken
-
-    return values

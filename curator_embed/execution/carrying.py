@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import numpy as np
-import pyarrow as pa
-
 from curator_embed.tables.pairing import pair
 from curator_embed.tables.provenance import ERROR_COLUMN, Entry
 from curator_embed.tables.shard_table import ShardTable
+from curator_embed.tables.taking import Taken
 from curator_embed.tables.writing import NewColumn
 
 
@@ -39,18 +37,6 @@ def carried_columns(
     rows = pairing.sample_of_row
     with old.reading() as parquet:
         table = parquet.read(columns=names, use_threads=False)
-    columns = {name: NewColumn(schema.field(name).type, _Taken(table.column(name), rows)) for name in names}
+    columns = {name: NewColumn(schema.field(name).type, Taken(table.column(name), rows)) for name in names}
     entries = {name: entry for name in names if (entry := old.footer.columns.get(name)) is not None}
     return columns, entries
-
-
-class _Taken:
-    """Values of a column of the old version for rows of the new one; null for rows that it did not have."""
-
-    def __init__(self, column: pa.ChunkedArray, rows: np.ndarray) -> None:
-        self.column, self.rows = column, rows
-
-    def __call__(self, positions: np.ndarray) -> pa.Array:
-        rows = self.rows[positions]
-        taken = self.column.take(pa.array(rows, mask=rows < 0))
-        return taken.combine_chunks() if isinstance(taken, pa.ChunkedArray) else taken

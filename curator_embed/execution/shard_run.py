@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,8 +21,9 @@ from curator_embed.execution.carrying import carried_columns
 from curator_embed.execution.failing import error_codes, tally
 from curator_embed.execution.job import FailedRows, NothingReadable, ShardJob, ShardReport
 from curator_embed.execution.survey import survey, unfaithful, wanted
-from curator_embed.execution.values import embedded_values, image_values, own_values, unsound_ordinals, vector_dtype
+from curator_embed.execution.values import OwnVectors, embedded_values, image_values, vector_dtype
 from curator_embed.pipeline.pipeline import OpenShard, Pipeline
+from curator_embed.pipeline.vectors import Vectors
 from curator_embed.sources.shard import Note, Sample, Shard
 from curator_embed.steps import BatchStep, Step
 from curator_embed.storage.files import redact
@@ -97,9 +97,9 @@ class ShardRun:
         self.ids = self._read_ids()
         self.numeric = key_normaliser(self.ids.type)
         place = self.target.location
-        scratch = place.path if writes and place.is_local else None
+        self.scratch = place.path if writes and place.is_local else None
         piped = [p for p in self.todo if not _reads_itself(job.steps[p])]
-        self.opened = self._stack.enter_context(self.pipeline.shard(piped, scratch))
+        self.opened = self._stack.enter_context(self.pipeline.shard(piped, self.scratch))
         try:
             self._feed(self.opened)
         except BaseException:
@@ -233,14 +233,12 @@ class ShardRun:
     def _of_finished(self, footer: Footer) -> ShardReport:
         return ShardReport.of_finished(self.shard.name, footer, with_dropped=self.job.output is not None)
 
-    def _run_own_reader(self, position: int, opened: OpenShard) -> dict[str, list[np.ndarray]]:
-        """Embeddings by id from an embedder that reads shards itself (``load_dataset_shard`` overridden).
-
-        An id that it gives fewer times than there are samples of it is left out: which of them it means is not guessed.
-        """
+    def _run_own_reader(self, position: int, opened: OpenShard) -> OwnVectors:
+        """Embeddings by id from an embedder that reads shards itself (``load_dataset_shard`` overridden)."""
         step = self.job.steps[position]
         source = self.shard.image_source()
-        found: dict[str, list[np.ndarray]] = {}
+        found = OwnVectors(Vectors(self.pipeline.memory, self.scratch))
+        self._stack.callback(found.vectors.close)
         if source is None or not isinstance(step, BatchStep):
             return found
         for ids, vectors in step.embed_shard(source, self.job.device, self.job.id_col):
@@ -251,15 +249,12 @@ class ShardRun:
                 )
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite, and that is seen
                 vectors = np.asarray(vectors, vector_dtype(step))
-            for sample_id, vector in zip(ids, vectors, strict=True):
-                found.setdefault(normalise_key(str(sample_id), self.numeric), []).append(vector)
-        there = Counter(self.keys)
-        found = {key: vectors for key, vectors in found.items() if len(vectors) >= there[key]}
-        for ordinal in unsound_ordinals(found, self.keys):
+            found.add([normalise_key(str(sample_id), self.numeric) for sample_id in ids], vectors)
+        for ordinal in found.pair(self.keys):
             opened.errors.setdefault(ordinal, Reason.BAD_VECTOR)
         return found
 
-    def _plan(self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]) -> TablePlan:
+    def _plan(self, opened: OpenShard, own: Mapping[int, OwnVectors]) -> TablePlan:
         """Pair values with rows, count, and say what the output table is."""
         table, job = self.table, self.job
         if table is None:
@@ -285,7 +280,7 @@ class ShardRun:
         ambiguous = np.concatenate([pairing.ambiguous, np.zeros(len(orphans), dtype=bool)])
         all_ids = [*row_ids, *(self.keys[ordinal] for ordinal in orphans)]
 
-        given = [found.keys() for found in own.values()]
+        given = [found.places.keys() for found in own.values()]
         failed = (self.source_errors, opened.errors)
         errors = error_codes(sample_of_row, ambiguous, self.has_image, failed, given, self.keys)
         if self.ids.errors is not None:  # what an earlier run found holds for the columns it made
@@ -444,7 +439,7 @@ class ShardRun:
     def _columns(
         self,
         opened: OpenShard,
-        own: Mapping[int, dict[str, list[np.ndarray]]],
+        own: Mapping[int, OwnVectors],
         sample_of_row: np.ndarray,
         errors: list[str | None],
     ) -> dict[str, NewColumn]:
@@ -453,7 +448,7 @@ class ShardRun:
             step = self.job.steps[position]
             for name, kind in step.columns().items():
                 if position in own:
-                    columns[name] = NewColumn(kind, own_values(own[position], self.keys, sample_of_row, kind))
+                    columns[name] = NewColumn(kind, own[position].values(sample_of_row, kind))
                 elif isinstance(step, BatchStep):
                     columns[name] = NewColumn(kind, embedded_values(opened, position, sample_of_row, kind))
                 else:
@@ -463,9 +458,7 @@ class ShardRun:
         columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: codes.take(pa.array(rows)))
         return columns
 
-    def _entries(
-        self, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]], ids: Sequence[str | None]
-    ) -> dict[str, Entry]:
+    def _entries(self, opened: OpenShard, own: Mapping[int, OwnVectors], ids: Sequence[str | None]) -> dict[str, Entry]:
         """What made each column of the new file.
 
         Args:
@@ -494,9 +487,7 @@ class ShardRun:
         entries[ERROR_COLUMN] = Entry(ERROR_RECIPE, samples, pairing, digest)
         return entries
 
-    def _dimension(
-        self, name: str, position: int, opened: OpenShard, own: Mapping[int, dict[str, list[np.ndarray]]]
-    ) -> int | None:
+    def _dimension(self, name: str, position: int, opened: OpenShard, own: Mapping[int, OwnVectors]) -> int | None:
         """Length of a step's vectors in this shard; None without any.
 
         Raises:
@@ -505,7 +496,7 @@ class ShardRun:
         if not isinstance(self.job.steps[position], BatchStep):
             return None
         if position in own:
-            lengths = {len(vector) for vectors in own[position].values() for vector in vectors}
+            lengths = own[position].lengths
         else:
             lengths = {opened.vectors[position].dim} - {0}
         before = self.job.dimensions.get(name)
@@ -516,7 +507,7 @@ class ShardRun:
                 + ". A column's vectors have one length: choose another column name, or pass overwrite=True to make "
                 "all shards anew"
             )
-        return lengths.pop() if lengths else None
+        return next(iter(lengths), None)
 
     def _footer(self, entries: dict[str, Entry], rows: int, dropped: Mapping[str, Any]) -> Footer:
         counts = self.report.counts()

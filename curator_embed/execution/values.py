@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from curator_embed.errors import StepError
 from curator_embed.pipeline.pipeline import OpenShard, sound
+from curator_embed.pipeline.vectors import Vectors
 from curator_embed.steps import Step
 from curator_embed.tables.writing import Slice, vectors_to_list_array
 
@@ -29,59 +30,71 @@ def embedded_values(opened: OpenShard, position: int, sample_of_row: np.ndarray,
     return values
 
 
-def own_values(
-    found: Mapping[str, Sequence[np.ndarray]], keys: Sequence[str], sample_of_row: np.ndarray, kind: pa.DataType
-) -> Slice:
-    """Vectors of an embedder that reads shards itself, which gives them by id: the k-th of an id to its k-th row.
+class OwnVectors:
+    """Embeddings of an embedder that reads shards itself, which gives them by id: the k-th of an id is that of its k-th
+    sample.
 
     Args:
-        keys: the id of each sample.
+        vectors: where they are kept, in the order in which they come.
+
+    Attributes:
+        places: of each id's embeddings among them.
+        lengths: of the embeddings, as many as there are different ones.
     """
-    taken: Counter[str] = Counter()
-    by_row: list[np.ndarray | None] = []
-    for ordinal in sample_of_row:
-        if ordinal < 0:
-            by_row.append(None)
-            continue
-        key = keys[ordinal]
-        vectors, k = found.get(key, []), taken[key]
-        by_row.append(vectors[k] if k < len(vectors) else None)
-        taken[key] += 1
-    dtype = kind.value_type.to_pandas_dtype()
 
-    def values(rows: np.ndarray) -> pa.Array:
-        present = np.array([by_row[row] is not None for row in rows], dtype=bool)
-        some = [np.asarray(by_row[row], dtype) for row in rows if by_row[row] is not None]
-        vectors = np.zeros((len(rows), len(some[0]) if some else 0), dtype)
-        if some:
-            vectors[present] = np.stack(some)
-            present[present] = sound(vectors[present])
-        return vectors_to_list_array(vectors, present, kind.value_type)
+    def __init__(self, vectors: Vectors) -> None:
+        self.vectors = vectors
+        self.places: dict[str, list[int]] = {}
+        self.lengths: set[int] = set()
+        self._unsound: set[int] = set()
+        self._count = 0
+        self._place = np.empty(0, np.int64)
 
-    return values
+    def add(self, ids: Iterable[str], vectors: np.ndarray) -> None:
+        """Take in embeddings (n, dim) of n ids."""
+        self.lengths.add(vectors.shape[1])
+        if len(self.lengths) > 1:  # what cannot be a column: the writer says so
+            return
+        for text, vector, good in zip(ids, vectors, sound(vectors), strict=True):
+            if good:
+                self.vectors.put(self._count, vector)
+            else:
+                self._unsound.add(self._count)
+            self.places.setdefault(text, []).append(self._count)
+            self._count += 1
+
+    def pair(self, keys: Sequence[str]) -> list[int]:
+        """Give each sample its embedding; returns samples whose embedding is zero, infinite or not a number.
+
+        An id that came fewer times than there are samples of it is left out: which of them it means is not guessed.
+
+        Args:
+            keys: the id of each sample.
+        """
+        there = Counter(keys)
+        self.places = {key: places for key, places in self.places.items() if len(places) >= there[key]}
+        taken: Counter[str] = Counter()
+        self._place = np.full(len(keys), -1, np.int64)
+        for ordinal, key in enumerate(keys):
+            if (places := self.places.get(key)) is not None:
+                self._place[ordinal] = places[taken[key]]
+                taken[key] += 1
+        return [ordinal for ordinal, place in enumerate(self._place.tolist()) if place in self._unsound]
+
+    def values(self, sample_of_row: np.ndarray, kind: pa.DataType) -> Slice:
+        """The column's values by row; null where a row has none."""
+        place_of_row = np.append(self._place, -1)[sample_of_row]  # -1, for no sample, is the last
+
+        def values(rows: np.ndarray) -> pa.Array:
+            vectors, present = self.vectors.gather(place_of_row[rows])
+            return vectors_to_list_array(vectors, present, kind.value_type)
+
+        return values
 
 
 def vector_dtype(step: Step) -> Any:
     """The numpy type of an embedder's column."""
     return next(iter(step.columns().values())).value_type.to_pandas_dtype()
-
-
-def unsound_ordinals(found: Mapping[str, Sequence[np.ndarray]], keys: Sequence[str]) -> list[int]:
-    """Samples whose vector, of an embedder that reads shards itself, is zero, infinite or not a number.
-
-    Args:
-        keys: the id of each sample.
-    """
-    bad = {key: [not good for good in sound(np.stack(vectors))] for key, vectors in found.items() if vectors}
-    bad = {key: marks for key, marks in bad.items() if any(marks)}
-    taken: Counter[str] = Counter()
-    ordinals = []
-    for ordinal, key in enumerate(keys):
-        if key in bad:
-            if bad[key][taken[key]]:
-                ordinals.append(ordinal)
-            taken[key] += 1
-    return ordinals
 
 
 def image_values(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 from collections import Counter
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curator_embed.datasets import ImageTextPairDataset
-from curator_embed.execution import driver, messages, stragglers, work, worker
+from curator_embed.execution import driver, messages, progress, stragglers, work, worker
 from curator_embed.execution.flights import Flight, Flights
 from curator_embed.execution.group import run_group
 from curator_embed.execution.job import Fault, FaultKind, ShardReport
@@ -343,10 +344,14 @@ def test_what_waits_for_paused_workers_alone_is_given_up_in_the_end() -> None:
     assert stranded.look(12.0, tasks, {"b"}, 10) == (["trial"], []), "it was able to go on, and waits anew"
 
 
-def test_images_of_shards_that_are_tried_twice_leave_no_time_below_nothing() -> None:
+def test_images_of_shards_that_are_tried_twice_leave_no_time_below_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    caplog.set_level(logging.DEBUG, "curator_embed")
     with Progress(10, show=False) as bar:
         bar.update(12)
-        assert bar._line(30.0).endswith("00:00 left")
+    assert caplog.messages[0].endswith(", 00:00 left")
 
 
 # -- who is second, at the shard itself ----------------------------------------------------------

@@ -376,14 +376,14 @@ def test_no_pipeline_is_built_for_a_run_that_is_over(monkeypatch: pytest.MonkeyP
     assert not any(pipeline.open for pipeline in built)
 
 
-def test_a_worker_answers_while_it_lets_go_of_a_model(nobody: LocalCluster) -> None:
+def test_a_worker_answers_while_it_lets_go_of_a_model(nobody: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     nobody.scale(1)
     client, still = Client.current(), threading.Event()
     client.wait_for_workers(1)
     pipeline = Closing(still)
-    keeper = PipelineKeeper()
-    keeper._pipelines["run"] = pipeline  # type: ignore[assignment]
-    next(iter(nobody.workers.values()))._curator_embed_pipelines = keeper
+    monkeypatch.setattr(worker, "build_pipeline", lambda job, on_images: pipeline)
+    keeper, job = PipelineKeeper.of(next(iter(nobody.workers.values()))), SimpleNamespace(must_see=())
+    keeper.get("run", job, print)  # type: ignore[arg-type]
     closing = threading.Thread(target=client.run, args=(worker.close_run, "run"))
     closing.start()
     wait_until(lambda: keeper.stopping("run"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,15 @@ from curator_embed.tables.pairing import ids_as_text, pair
 from curator_embed.tables.provenance import ASSIGNED, Entry, Footer
 from curator_embed.tables.shard_table import ShardTable
 from curator_embed.tables.taking import Taken
-from curator_embed.tables.writing import NewColumn, TablePlan
+from curator_embed.tables.writing import NewColumn, TablePlan, TargetChanged
 
 
-def assigned_work(client: Client, frame: dd.DataFrame, shards: Sequence[Shard], job: ShardJob) -> PartWork:
+def assigned_work(frame: dd.DataFrame, shards: Sequence[Shard], client: Client, job: ShardJob) -> PartWork:
     """The writing of a frame's columns as work for a driver.
 
     Args:
         frame: the ids and the assigned columns.
-        job: whose files get them.
+        job: whose files get them, as it is carried out.
     """
     return PartWork(shards, AssignJob(job, _as_arrow(frame._meta).schema), Partitions(client, frame))
 
@@ -72,22 +72,32 @@ class AssignJob(UnitJob):
         made = {name: Entry({**ASSIGNED, "values": _digest(table, self.job.id_col, name)}) for name in names}
         report = ShardReport(unit.name, read=len(table))
         before, there = target.footer.columns, target.stored.schema.names
-        if all(name in there and before.get(name) == made[name] for name in names):
+        if _has_all(target, made):
             report.skipped = True
             return report
         if not self.job.overwrite:
             _refuse(target, [name for name in names if name in there and before.get(name) != made[name]])
         if (conflict := target.unfaithful()) is not None:
             raise UsageError(f"{conflict}. {conflict.advice}")
+        try:
+            self._write(unit, table, target, made)
+        except TargetChanged:
+            # Dask may run a task twice, and workers whose driver died finish what they have.
+            if not _has_all(ShardTable.open(target.url, self.job.storage_options), made):
+                raise
+            report.skipped = True
+        failpoint("shard.finished")
+        return report
+
+    def _write(self, unit: Shard, table: pa.Table, target: ShardTable, made: Mapping[str, Entry]) -> None:
         ids = target.ids(self.job.id_col)
         rows = self._rows_of(ids.text, ids_as_text(table.column(self.job.id_col)), unit)
-        columns = {name: NewColumn(table.schema.field(name).type, Taken(table.column(name), rows)) for name in names}
+        columns = {name: NewColumn(table.schema.field(name).type, Taken(table.column(name), rows)) for name in made}
+        before = target.footer.columns
         footer = target.footer if before or target.footer.output else Footer(id_col=self.job.id_col)
         footer = dataclasses.replace(footer, columns={**before, **made}, rows=target.stored.rows)
         empty = np.empty(0, dtype=np.int64)
         target.write(TablePlan(target.location, None, np.arange(len(ids.text)), None, empty, columns, footer))
-        failpoint("shard.finished")
-        return report
 
     def _typed(self, table: pa.Table, unit: Shard) -> pa.Table:
         # A column of Python objects has no type before its values are there.
@@ -111,6 +121,12 @@ class AssignJob(UnitJob):
             )
         sample = found.sample_of_row
         return np.where(sample < 0, -1, with_id[sample]) if len(with_id) else sample
+
+
+def _has_all(target: ShardTable, made: Mapping[str, Entry]) -> bool:
+    """Whether a file has these very columns."""
+    there = target.stored.schema.names if target.stored.schema is not None else []
+    return all(name in there and target.footer.columns.get(name) == entry for name, entry in made.items())
 
 
 def _refuse(target: ShardTable, names: Sequence[str]) -> None:

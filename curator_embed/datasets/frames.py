@@ -22,7 +22,7 @@ from curator_embed.errors import UsageError
 from curator_embed.execution.clients import some_client
 from curator_embed.execution.job import ShardJob
 from curator_embed.execution.placing import place_on_workers
-from curator_embed.execution.run_plan import make_plan
+from curator_embed.execution.run_plan import check_shown, make_plan
 from curator_embed.execution.worker import read_partition
 from curator_embed.execution.workers import cores_per_worker
 from curator_embed.sources.shard import Shard
@@ -71,12 +71,17 @@ def metadata_frame(dataset: ImageTextPairDataset) -> tuple[dd.DataFrame, frozens
     Returns:
         The frame, and those of its columns that earlier saves wrote for their users: a save that was killed has
         written them to some files, and the same assignment goes on from there.
+
+    Raises:
+        UsageError: a stored column would be shown as a pending one, see ``check_shown``.
     """
     job = dataset.job(None)
     if job.steps:
         with some_client() as client:
             job = place_on_workers(client, job)
-            job = make_plan(dataset.shards, job, cores=cores_per_worker(client)).job
+            plan = make_plan(dataset.shards, job, cores=cores_per_worker(client))
+            check_shown(plan)
+            job = plan.job
     if not dataset.shards:
         raise UsageError("the dataset has no shards")
     schema, before = _schema(dataset, job)

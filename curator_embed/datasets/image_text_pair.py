@@ -322,7 +322,13 @@ class ImageTextPairDataset:
         overwrite: bool = False,
         state: str | None = None,
     ) -> ShardJob:
-        """The pending steps as a job for ``execution``, not yet placed on any device."""
+        """The pending steps as a job for ``execution``, not yet placed on any device.
+
+        Raises:
+            UsageError: ``columns`` is one string, or the output lies where the next run would take it for input.
+        """
+        if isinstance(columns, str):
+            raise UsageError(f"columns={columns!r} is a string; pass a list of column names: columns=[{columns!r}]")
         threads = [step.num_threads_per_worker for step in self._steps if step.num_threads_per_worker is not None]
         return ShardJob(
             steps=self._steps,

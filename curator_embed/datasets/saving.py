@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from curator_embed.datasets.assigned import assigned_work
 from curator_embed.datasets.frames import assigned_columns
 from curator_embed.errors import UsageError
-from curator_embed.execution.clients import found_client, some_client
+from curator_embed.execution.clients import found_client
 from curator_embed.execution.job import ShardJob
 from curator_embed.execution.placing import Workforce, place
 from curator_embed.execution.run import execute
@@ -30,11 +30,8 @@ def save(
     if assigned is not None and limit is not None:
         raise UsageError("limit= cannot go with columns assigned to the metadata; save without one of them")
 
-    with ExitStack() as stack:
-        then = None
-        if assigned is not None:
-            then = assigned_work(stack.enter_context(some_client()), assigned, dataset.shards, job)
-        report, done = execute(dataset.shards, job, limit=limit, progress=progress, certify=certify, then=then)
+    then = None if assigned is None else partial(assigned_work, assigned, dataset.shards)
+    report, done = execute(dataset.shards, job, limit=limit, progress=progress, certify=certify, then=then)
     saved = dataset.like([shard.with_table(job.target(shard)) for shard in done.shards], ())
     if limit is None:
         dataset.read_from(saved)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
+
+from distributed import Client
 
 from curator_embed.execution.carry_out import (
     REPORT,
@@ -47,7 +49,7 @@ def execute(
     limit: int | None = None,
     progress: bool = True,
     certify: bool = False,
-    then: Work | None = None,
+    then: Callable[[Client, ShardJob], Work] | None = None,
 ) -> tuple[RunReport, RunPlan]:
     """Carry a job out on the current Dask client, or on one in-process worker.
 
@@ -55,8 +57,8 @@ def execute(
         limit: only the first so many rows.
         progress: show a progress bar.
         certify: compare the embedders' preprocessing with their models' own first; the report keeps the figures.
-        then: what else is done to the finished output while nobody else may write it. Its units belong to these very
-            shards, which must then stay cut as they are.
+        then: makes what else is done to the finished output, while nobody else may write it, from the client and the
+            job as it is carried out. Its units belong to these very shards, which must then stay cut as they are.
 
     Returns:
         The report, and the plan, whose shards are those that were worked on.
@@ -79,8 +81,10 @@ def execute(
         tasks = sum(client.nthreads().values())
         given = shards
         shards, told = fit_to_output(given, job)
+        afterwards = None
         if then is not None:
             check_partitions(given, shards, job)
+            afterwards = then(client, job)
         overwriting = Overwriting(held.books[0], part, _asked(job, limit)) if job.overwrite else None
         plan = make_plan(shards, job, cores=cores_per_worker(client), limit=limit, tasks=tasks, overwriting=overwriting)
         check_plan(plan)
@@ -95,9 +99,9 @@ def execute(
         report.images_below = shards[0].images_below
         report.output = redact(job.output or job.target(shards[0]).rpartition("/")[0])
         carry_out(client, _work(plan, limit), report, held, progress)
-        if then is not None and report.whole:
+        if afterwards is not None and report.whole:
             after = RunReport()
-            carry_out(client, then, after, held, progress)
+            carry_out(client, afterwards, after, held, progress)
             report.follow(after)
         if overwriting is not None and report.whole:
             overwriting.end()

@@ -299,17 +299,42 @@ def check_plan(plan: RunPlan) -> None:
     Raises:
         UsageError: files in the way, or too little disk.
     """
-    conflicts = plan.conflicts()
-    if conflicts:
-        first = conflicts[0]
-        alike = sum(other.kind is first.kind for other in conflicts) - 1
-        more = f" ({alike} more {'file' if alike == 1 else 'files'} like it)" if alike else ""
-        raise UsageError(f"{first}{more}. Nothing was changed. {first.advice}")
+    _refuse(plan.conflicts())
     if plan.bytes_to_write and plan.bytes_free is not None and plan.bytes_to_write > plan.bytes_free:
         raise UsageError(
             f"the output needs about {_gigabytes(plan.bytes_to_write)} and its disk has "
             f"{_gigabytes(plan.bytes_free)} free. Free some space or choose another output path"
         )
+
+
+def check_shown(plan: RunPlan) -> None:
+    """Refuse stored columns that a data frame would show as those of the pending steps.
+
+    Raises:
+        UsageError: a column is there that the steps did not make, or tables and images do not belong together.
+    """
+    _refuse([conflict for conflict in plan.conflicts() if conflict.kind not in _ONLY_WRITING], _SAVE_FIRST)
+
+
+_ONLY_WRITING = frozenset({ConflictKind.UNFAITHFUL, ConflictKind.CUT_OTHERWISE})
+"""Conflicts of tables whose rows can be shown all the same."""
+
+_SAVE_FIRST = "Call save_metadata(overwrite=True) first to replace what is there, or choose another column name"
+
+
+def _refuse(conflicts: Sequence[Conflict], instead: str = "") -> None:
+    """Raise a UsageError that tells of the first of these, if there is one.
+
+    Args:
+        instead: what to do where the advice would be to overwrite.
+    """
+    if not conflicts:
+        return
+    first = conflicts[0]
+    alike = sum(other.kind is first.kind for other in conflicts) - 1
+    more = f" ({alike} more {'file' if alike == 1 else 'files'} like it)" if alike else ""
+    advice = instead if instead and first.overwritable and not first.remedy else first.advice
+    raise UsageError(f"{first}{more}. Nothing was changed. {advice}")
 
 
 def _gigabytes(count: int) -> str:

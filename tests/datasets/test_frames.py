@@ -12,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from curator_embed.datasets import ImageTextPairDataset
+from curator_embed.datasets import ImageTextPairDataset, saving
+from curator_embed.datasets.assigned import assigned_work
 from curator_embed.datasets.frames import _for_cudf
 from curator_embed.datasets.loading import load_embeddings
 from curator_embed.errors import UsageError
 from tests.shards import write_tar
 from tests.stub import ColourEmbedder, ColourModel
+from tests.tables.test_fidelity import elsewhere
 
 
 def open_dataset(folder: Path, **options: Any) -> ImageTextPairDataset:
@@ -121,3 +123,52 @@ def test_cudf_is_given_types_that_it_has() -> None:
     assert table.to_pydict() == {
         "word": ["a", "b", "b", "c"], "half": [[0.5, None], None, [], [2.0]], "n": [1, 2, 3, None]
     }  # fmt: skip
+
+
+def test_stored_values_of_another_recipe_are_not_shown_as_pending_ones(source: Path) -> None:
+    ColourEmbedder("a", version=1)(open_dataset(source)).save_metadata(progress=False)
+    with pytest.raises(UsageError) as told:
+        _ = ColourEmbedder("a", version=2)(open_dataset(source)).metadata
+    assert "00000.parquet: column 'a'" in str(told.value) and "(2 more files like it)" in str(told.value)
+    assert "save_metadata(overwrite=True) first" in str(told.value)
+    assert "b" in ColourEmbedder("b", version=2)(open_dataset(source)).metadata.columns
+    dataset = ColourEmbedder("a", version=2)(open_dataset(source))
+    dataset.save_metadata(overwrite=True, progress=False)
+    assert dataset.metadata["a"].compute().notna().sum() == 28
+    assert "a" in ColourEmbedder("a", version=2)(open_dataset(source)).metadata.columns
+
+
+def test_tables_that_cannot_be_written_back_are_shown(source: Path) -> None:
+    """Looking writes nothing."""
+    elsewhere(source / "00001.parquet")  # a column whose bytes lie in another file
+    pending = ColourEmbedder()(open_dataset(source))
+    with pytest.raises(UsageError, match="column 'far' cannot be copied"):
+        pending.save_metadata(progress=False)
+    assert {"far", "image_embedding"} <= set(pending.metadata.columns)
+
+
+def test_columns_are_a_list(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"pass a list of column names: columns=\['caption'\]"):
+        open_dataset(source).save_metadata(str(tmp_path / "out"), columns="caption", progress=False)
+    assert not (tmp_path / "out").exists()
+    ColourEmbedder()(open_dataset(source)).save_metadata(str(tmp_path / "out"), columns=["caption"], progress=False)
+    assert "caption" in pq.read_schema(tmp_path / "out" / "00000.parquet").names
+
+
+def test_workers_prove_their_disks_before_they_write_assigned_columns(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proofs are known once the run holds its lock."""
+    made: list[Any] = []
+
+    def watched(*given: Any) -> Any:
+        made.append(assigned_work(*given))
+        return made[-1]
+
+    monkeypatch.setattr(saving, "assigned_work", watched)
+    dataset = open_dataset(source)
+    dataset.metadata["twice"] = dataset.metadata["width"] * 2
+    dataset.save_metadata(progress=False)
+    (work,) = made
+    lock = source.parent / "source.curator_embed" / "lock.json"
+    assert work.job.must_see == (str(source / "00000.tar"), str(lock))

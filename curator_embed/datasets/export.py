@@ -150,7 +150,12 @@ def export(
             must_see(dataset.shards[0], held.locks[0]),
         )
         units = [
-            NewShard(name, tuple(pieces), tuple(dataset.shards[piece.shard] for piece in pieces))
+            NewShard(
+                name,
+                tuple(pieces),
+                tuple(dataset.shards[piece.shard] for piece in pieces),
+                tuple(marked[piece.shard].digest for piece in pieces),
+            )
             for name, pieces in zip(names, plans, strict=True)
         ]
         work = _ExportWork(units, job, parts, report.kept)
@@ -179,11 +184,17 @@ def _check_arguments(
         raise UsageError(f"max_shards={max_shards} is the number of digits in shard names: at least 1")
     if dataset.steps:
         raise UsageError("the dataset has pending steps; call save_metadata() first, then export what it saved")
-    columns = dataset.metadata.columns
+    columns, added = dataset.metadata.columns, dataset.added_columns()
     if filter_column not in columns:
         raise UsageError(f"no column '{filter_column}' to filter by; the metadata has: {', '.join(map(str, columns))}")
-    taken = {*taken_columns(dataset.shards, dataset.id_col), *columns, KEY}
-    if old_id_col in taken:
+    taken = taken_columns(dataset.shards, dataset.id_col) | {KEY: "the new ids"}
+    for name in added:
+        if name in taken:
+            raise UsageError(
+                f"the metadata's new column '{name}' has the name of the column that holds {taken[name]}, and would be "
+                "lost; assign it under another name"
+            )
+    if old_id_col in {*taken, *columns}:
         raise UsageError(
             f"old_id_col='{old_id_col}' is the name of another column, which the old ids would replace; choose another "
             "name for them"

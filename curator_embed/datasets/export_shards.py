@@ -11,9 +11,7 @@ import hashlib
 import io
 import os
 import tarfile
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,15 +27,17 @@ from curator_embed.execution.worker import read_partition
 from curator_embed.sources.grouping import kind_of
 from curator_embed.sources.shard import Note, Shard, StoredSample
 from curator_embed.sources.sniff import sniff
-from curator_embed.storage.files import fingerprint
-from curator_embed.storage.location import Location
+from curator_embed.storage.files import fingerprint, redact
+from curator_embed.storage.location import Location, Token
 from curator_embed.tables.failpoints import failpoint
 from curator_embed.tables.judge import outdated
 from curator_embed.tables.pairing import ids_as_text, ids_digest, key_normaliser, normalise_key, pair
-from curator_embed.tables.provenance import ASSIGNED, ERROR_COLUMN, Entry, Footer
+from curator_embed.tables.provenance import ASSIGNED, ERROR_COLUMN, Entry, Footer, counted
 from curator_embed.tables.shard_table import ShardTable, facts_of
-from curator_embed.tables.writing import TablePlan, replacing
+from curator_embed.tables.writing import TablePlan, TargetChanged, replacing
 
+ATTEMPTS = 3
+"""So often a new shard is begun whose files another task replaces meanwhile; two tasks need three at most."""
 KEY = "key"
 """The id column of what is exported: the new tars' own keys. An id that lives in json members stays there and in its
 column, as it was."""
@@ -76,10 +76,21 @@ class MarkJob(UnitJob):
         path = unit.table_path()
         table = None if path is None else ShardTable.open(path, self.storage_options)
         moved = table is not None and table.exists and table.ids(self.id_col).digest != ids
-        digest = hashlib.sha256(ids.encode() + kept.tobytes())
-        for name in self.added:
-            digest.update(repr(column_of(part, name).to_pylist()).encode("utf-8", "surrogateescape"))
-        return ShardReport(unit.name, read=len(part), found=Marked(len(part), len(kept), digest.hexdigest(), moved))
+        digest = digest_of(ids, kept, part, self.added)
+        return ShardReport(unit.name, read=len(part), found=Marked(len(part), len(kept), digest, moved))
+
+
+def digest_of(ids: str, kept: np.ndarray, part: Any, added: Sequence[str]) -> str:
+    """Identifies what an export takes from a partition: its ids, kept rows and assigned values; sha256, hexadecimal.
+
+    Args:
+        ids: ``ids_digest`` of its ids.
+        kept: from ``kept_rows``.
+    """
+    digest = hashlib.sha256(ids.encode() + kept.tobytes())
+    for name in added:
+        digest.update(repr(column_of(part, name).to_pylist()).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def kept_rows(part: Any, column: str) -> np.ndarray:
@@ -113,11 +124,13 @@ class NewShard:
         name: the stem of its two files, and the beginning of its ids.
         pieces: the rows it gets.
         shards: the input shard of each piece.
+        digests: ``Marked.digest`` of each of these shards: what the pieces were planned for.
     """
 
     name: str
     pieces: tuple[Piece, ...]
     shards: tuple[Shard, ...]
+    digests: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -152,19 +165,51 @@ class ExportJob(UnitJob):
     must_see: tuple[str, ...] = ()
 
     def run_unit(self, unit: NewShard, given: Sequence[Any]) -> ShardReport:
-        """The report's ``found`` is an ``Exported``."""
+        """The report's ``found`` is an ``Exported``.
+
+        Raises:
+            UsageError: the frame no longer has the shard's rows, or not those that were planned for.
+            TargetChanged: others have replaced the new shard's files again and again.
+        """
+        # Dask may run a task twice, and workers whose driver died finish what they have: look what they have left.
+        for _ in range(ATTEMPTS):
+            if (report := self._finish(unit, given)) is not None:
+                return report
+        raise TargetChanged(redact(f"{self.path}/{unit.name}.tar"))
+
+    def _finish(self, unit: NewShard, given: Sequence[Any]) -> ShardReport | None:
+        """One attempt; None where another task has replaced the files meanwhile."""
         options = self.job.storage_options
         tar_url = f"{self.path}/{unit.name}.tar"
         tar, target = Location.of(tar_url, options), ShardTable.open(f"{self.path}/{unit.name}.parquet", options)
-        made = target.footer.output
-        ours = made.get("export") == self.made_from and tar.token() is not None
+        made, token = target.footer.output, tar.token()
+        ours = made.get("export") == self.made_from and token is not None
         if ours and made.get("tar") == fingerprint(tar_url, options):
             return _report(unit.name, Exported(target.stored.rows or 0, int(made.get("no_image", 0)), skipped=True), [])
         failpoint("shard.started")
-        inputs = zip(unit.pieces, unit.shards, given, strict=True)
-        chosen = [self._choose(piece, shard, part) for piece, shard, part in inputs]
+        inputs = zip(unit.pieces, unit.shards, unit.digests, given, strict=True)
+        chosen = [self._choose(*one) for one in inputs]
+        try:
+            written = self._write_tar(unit, chosen, tar, token)
+            failpoint("shard.embedded")
+            no_image = sum(piece.stop - piece.start for piece in unit.pieces) - written
+            self._write_rows(unit, chosen, written, no_image, fingerprint(tar_url, options), target)
+        except TargetChanged:
+            return None
+        failpoint("shard.finished")
+        notes = [
+            Note(rows.shard.name, rows.shard.name, f"{left} kept rows have no image")
+            for rows, piece in zip(chosen, unit.pieces, strict=True)
+            if (left := piece.stop - piece.start - len(rows.exported))
+        ]
+        return _report(unit.name, Exported(written, no_image), notes)
+
+    def _write_tar(self, unit: NewShard, chosen: Sequence[_Rows], tar: Location, token: Token | None) -> int:
+        """The new shard's tar, with the samples that have an image; returns how many."""
         written = 0
-        with _temporary_tar(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        if tar.is_local:
+            os.makedirs(tar.parent, exist_ok=True)
+        with replacing(tar, token) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
             for rows in chosen:
                 for sample in rows.shard.stored_samples(frozenset(rows.ordinals.tolist())):
                     if not _has_image(sample):
@@ -175,23 +220,14 @@ class ExportJob(UnitJob):
                         member.size = len(data)
                         archive.addfile(member, io.BytesIO(data))
                     written += 1
-        failpoint("shard.embedded")
-        no_image = sum(piece.stop - piece.start for piece in unit.pieces) - written
-        self._write_rows(unit, chosen, written, no_image, fingerprint(tar_url, options), target)
-        failpoint("shard.finished")
-        notes = [
-            Note(rows.shard.name, rows.shard.name, f"{left} kept rows have no image")
-            for rows, piece in zip(chosen, unit.pieces, strict=True)
-            if (left := piece.stop - piece.start - len(rows.exported))
-        ]
-        return _report(unit.name, Exported(written, no_image), notes)
+        return written
 
     def _id(self, unit: NewShard, number: int) -> str:
         return f"{unit.name}{number:0{self.sample_digits}d}"
 
-    def _choose(self, piece: Piece, shard: Shard, part: Any) -> _Rows:
+    def _choose(self, piece: Piece, shard: Shard, digest: str, part: Any) -> _Rows:
         """The kept rows of a piece that have a sample, in the order of the samples."""
-        rows = kept_rows(part, self.filter_column)[piece.start : piece.stop]
+        kept = kept_rows(part, self.filter_column)
         table = read_partition(shard, self.job)
         ids = ids_as_text(table.column(self.job.id_col))
         if ids_of(part, self.job.id_col) != ids:
@@ -199,6 +235,12 @@ class ExportJob(UnitJob):
                 f"the metadata of shard {shard.name} no longer has the shard's rows in their order. Mark the rows to "
                 "keep in a boolean column instead of dropping or sorting rows"
             )
+        if digest_of(ids_digest(ids), kept, part, self.added) != digest:
+            raise UsageError(f"shard {shard.name}: {self._unstable()}")
+        rows = kept[piece.start : piece.stop]
+        entries = Footer.of(table.schema).columns
+        # What an earlier save has assigned is in some files already.
+        table = table.drop_columns([name for name in self.added if name in table.column_names])
         for added in self.added:
             table = table.append_column(added, column_of(part, added))
         numeric = key_normaliser(table.schema.field(self.job.id_col).type)
@@ -208,9 +250,21 @@ class ExportJob(UnitJob):
         # Rows in the order of the tar: the n-th row is the n-th sample.
         order = np.argsort(ordinals, kind="stable")
         facts = dataclasses.replace(facts_of(shard, self.job.id_col), ids=ids_digest(ids))
-        entries = Footer.of(table.schema).columns
         stale = {name for name, entry in entries.items() if entry.samples and outdated(entry, facts) is not None}
         return _Rows(shard, table.take(pa.array(rows[order])), ordinals[order], entries, stale)
+
+    def _unstable(self) -> str:
+        """What a frame that is not the same each time is told."""
+        others = [name for name in self.added if name != self.filter_column]
+        if not others:
+            return (
+                f"the filter '{self.filter_column}' gives other rows each time it is computed; save it as a column "
+                "first (save_metadata), then export"
+            )
+        return (
+            f"the filter '{self.filter_column}' gives other rows each time it is computed, or an assigned column "
+            f"({', '.join(others)}) other values; save them as columns first (save_metadata), then export"
+        )
 
     def _write_rows(
         self,
@@ -254,9 +308,17 @@ class ExportJob(UnitJob):
         one that was made in two ways says neither."""
         entries = {name: Entry(ASSIGNED) for name in self.added}
         for name, entry in chosen[0].entries.items():
-            others = [rows.entries.get(name) for rows in chosen[1:]]
-            if name not in names or any(other is None or other.recipe != entry.recipe for other in others):
+            made = [rows.entries.get(name) for rows in chosen]
+            recipes = [None if one is None else counted(one.recipe) for one in made]
+            dimensions = {one.dimension for one in made if one is not None} - {None}
+            if (
+                name in entries
+                or name not in names
+                or any(recipe != recipes[0] for recipe in recipes)
+                or len(dimensions) > 1
+            ):
                 continue
+            entry = dataclasses.replace(entry, dimension=next(iter(dimensions), None))
             out_of_date = next((rows.entries[name] for rows in chosen if name in rows.stale), None)
             if out_of_date is not None:
                 entries[name] = dataclasses.replace(out_of_date, ids="")
@@ -288,17 +350,3 @@ def _report(name: str, found: Exported, notes: list[Note]) -> ShardReport:
 def _has_image(sample: StoredSample) -> bool:
     """Whether a sample holds an image, good or bad: by its bytes, or by what its extension claims."""
     return any(kind_of(extension) == "image" or sniff(data) is not None for extension, data in sample.members)
-
-
-@contextmanager
-def _temporary_tar(target: Location) -> Iterator[Any]:
-    """A local tar takes its name when it is whole; for an object store it is collected on disk and put."""
-    if target.is_local:
-        os.makedirs(target.parent, exist_ok=True)
-        with replacing(target, None, check=False) as file:
-            yield file
-        return
-    with tempfile.NamedTemporaryFile(suffix=".tar") as file:
-        yield file
-        file.flush()
-        target.fs.put_file(file.name, target.path)

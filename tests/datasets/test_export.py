@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -464,3 +466,118 @@ def test_columns_made_in_two_ways_lose_their_provenance(source: Path, tmp_path: 
     exported = export(source, tmp_path / "out").dataset
     with pytest.raises(UsageError, match="does not say what made it"):
         ColourEmbedder()(exported).save_metadata(progress=False)
+
+
+def test_a_filter_that_differs_each_time_is_refused_and_saved_it_is_exported(source: Path, tmp_path: Path) -> None:
+    dataset = ImageTextPairDataset.from_webdataset(str(source))
+    frame = dataset.metadata
+    dataset.metadata["some"] = frame.map_partitions(
+        lambda part: pd.Series(np.random.default_rng().random(len(part)) < 0.5, part.index), meta=("some", "bool")
+    )
+    remedy = r"shard 0000\d: the filter 'some' gives other rows each .* save it as a column first \(save_metadata\)"
+    with pytest.raises(CuratorEmbedError, match=remedy):
+        dataset.to_webdataset(str(tmp_path / "out"), "some", progress=False)
+    assert not list((tmp_path / "out").glob("*.tar"))
+    dataset.save_metadata(progress=False)
+    dataset.to_webdataset(str(tmp_path / "other"), "some", progress=False)
+    rows, images = table_rows(source), tar_images(source)
+    assert list(tar_images(tmp_path / "other").values()) == [images[key] for key in sorted(images) if rows[key]["some"]]
+
+
+def test_other_columns_that_differ_each_time_are_refused(source: Path, tmp_path: Path) -> None:
+    mark(source)
+    dataset = ImageTextPairDataset.from_webdataset(str(source))
+    dataset.metadata["noise"] = dataset.metadata["width"].map_partitions(
+        lambda part: pd.Series(np.random.default_rng().random(len(part)), part.index), meta=("noise", "float64")
+    )
+    with pytest.raises(CuratorEmbedError, match=r"an assigned column \(noise\) other values; save them as columns"):
+        dataset.to_webdataset(str(tmp_path / "out"), "keep", progress=False)
+    dataset.save_metadata(progress=False)
+    dataset.to_webdataset(str(tmp_path / "other"), "keep", progress=False)
+    assert all(row["noise"] is not None for row in table_rows(tmp_path / "other").values())
+
+
+def test_what_does_not_count_of_a_recipe_does_not_count_in_an_export(source: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        one = ImageTextPairDataset.from_webdataset([str(source / f"{number:05d}.tar")])
+        Recorded(f"1.{number}")(one).save_metadata(progress=False)
+    for kind in ("tar", "parquet"):
+        (source / f"00002.{kind}").unlink()
+    mark(source)
+    exported = export(source, tmp_path / "out").dataset
+    assert Recorded("1.2")(exported).save_metadata(progress=False).shards["skipped"] == 1
+
+
+class Recorded(ColourEmbedder):
+    """Writes down which software it ran on."""
+
+    def __init__(self, software: str) -> None:
+        super().__init__()
+        self.software = software
+
+    def recipe(self) -> dict[str, Any]:
+        return {**super().recipe(), "software": {"colours": self.software}}
+
+
+@pytest.mark.parametrize("name", ["key", "image_error"])
+def test_assigned_columns_that_an_export_would_lose_are_refused(
+    name: str, tmp_path: Path, wheel_photos: list[Path]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_tar(folder / "00000.tar", [("a.jpg", crops(wheel_photos[0], 1)[0]), ("a.json", b'{"uid": 7}')])
+    pq.write_table(pa.table({"uid": [7], "keep": [True]}), folder / "00000.parquet")
+
+    def exported(column: str) -> Any:
+        dataset = ImageTextPairDataset.from_webdataset(str(folder), id_col="uid")
+        dataset.metadata[column] = dataset.metadata["uid"] + 1
+        return dataset.to_webdataset(str(tmp_path / "out"), "keep", progress=False)
+
+    with pytest.raises(UsageError, match=f"new column '{name}' has the name of .* assign it under another name"):
+        exported(name)
+    assert not (tmp_path / "out").exists()
+    exported("next")
+    assert table_rows(tmp_path / "out")["000000000"]["next"] == 8
+
+
+def test_a_column_that_was_saved_before_and_is_assigned_again_is_exported_once(source: Path, tmp_path: Path) -> None:
+    mark(source)
+    for out in ("first", "second"):
+        dataset = ImageTextPairDataset.from_webdataset(str(source))
+        dataset.metadata["twice"] = dataset.metadata["width"] * 2
+        dataset.to_webdataset(str(tmp_path / out), "keep", progress=False)
+        dataset.save_metadata(progress=False)
+    assert table_rows(tmp_path / "second") == table_rows(tmp_path / "first")
+
+
+def test_images_that_are_missing_or_refused_are_no_exported_ones(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    data = crops(wheel_photos[0], 2)
+    (images / "a.jpg").write_bytes(data[0])
+    (images / "b.jpg").write_bytes(data[1])
+    (tmp_path / "elsewhere.jpg").write_bytes(data[1])
+    (images / "link.jpg").symlink_to(tmp_path / "elsewhere.jpg")
+    lines = ["a.jpg", "gone.jpg", "link.jpg", "../elsewhere.jpg", "b.jpg"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    dataset = ImageTextPairDataset.from_path_list(str(tmp_path / "list.txt"), root=str(images))
+    dataset.metadata["keep"] = ~dataset.metadata["path"].isna()
+    report = dataset.to_webdataset(str(tmp_path / "out"), "keep", progress=False)
+    assert (report.kept, report.exported, report.no_image) == (5, 2, 3)
+    again = dataset.to_webdataset(str(tmp_path / "out"), "keep", progress=False)
+    assert (again.skipped, again.kept, again.exported, again.no_image) == (1, 5, 2, 3)
+    assert [row["path"] for row in table_rows(tmp_path / "out").values()] == ["a.jpg", "b.jpg"]
+    assert list(tar_images(tmp_path / "out").values()) == data
+
+
+def test_shards_of_which_nothing_was_embedded_take_no_provenance_from_the_others(
+    tmp_path: Path, wheel_photos: list[Path]
+) -> None:
+    """Such a shard's footer knows no length of vectors."""
+    folder = write_dataset(tmp_path / "in", wheel_photos, shards=2, samples=2, bad={(0, 0): b"", (0, 1): b""})
+    ColourEmbedder()(ImageTextPairDataset.from_webdataset(str(folder))).save_metadata(progress=False)
+    mark(folder, dict.fromkeys(table_rows(folder), True))
+    exported = export(folder, tmp_path / "out").dataset
+    footer = json.loads(pq.read_schema(tmp_path / "out" / "00000.parquet").metadata[b"curator_embed"])
+    assert footer["columns"]["image_embedding"]["dimension"] == 192
+    assert ColourEmbedder()(exported).save_metadata(progress=False).shards["skipped"] == 1

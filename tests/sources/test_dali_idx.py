@@ -116,7 +116,7 @@ def test_a_subset_filters_only_when_asked_to(make_tar: MakeTar, version: str) ->
     assert [s.key for s in filtered.samples(id_col="key")] == ["0001", "0004"]
     assert "2 samples, 4 members" in filtered.notes()[0].message
     assert filtered.keys(id_col="key") == ["0001", "0004"]
-    assert filtered.fingerprint() != everything.fingerprint()
+    assert filtered.pairing("key") != everything.pairing("key")
     assert [s.members for s in filtered.stored_samples([1])] == [(("jpg", image_bytes(4)), ("txt", b"caption"))]
 
 

@@ -283,7 +283,15 @@ def test_fingerprint_follows_the_tar(make_tar: MakeTar) -> None:
     assert set(before) == {"size", "mtime_ns"}
     make_tar([("0.jpg", A), ("1.jpg", A)] * 20)
     assert shard.fingerprint() != before
-    assert WebdatasetShard("0", path, key_split="last").fingerprint() != shard.fingerprint()
+    assert WebdatasetShard("0", path, key_split="last").fingerprint() == shard.fingerprint(), "the tar is the same"
+
+
+def test_pairing_says_whatever_changes_which_row_gets_which_image(make_tar: MakeTar) -> None:
+    path = make_tar([("0.jpg", A)])
+    assert WebdatasetShard("0", path).pairing("key") == {"id_col": "key"}
+    assert WebdatasetShard("0", path).pairing("uid") == {"id_col": "uid"}
+    assert WebdatasetShard("0", path, key_split="last").pairing("key") == {"id_col": "key", "key_split": "last"}
+    assert WebdatasetShard("0", None, "0.parquet", use_index=True).pairing("key") == {"id_col": "key"}
 
 
 def test_stored_samples_are_byte_for_byte(make_tar: MakeTar) -> None:

@@ -95,7 +95,9 @@ class AssignJob(UnitJob):
         columns = {name: NewColumn(table.schema.field(name).type, Taken(table.column(name), rows)) for name in made}
         before = target.footer.columns
         footer = target.footer if before or target.footer.output else Footer(id_col=self.job.id_col)
-        footer = dataclasses.replace(footer, columns={**before, **made}, rows=target.stored.rows)
+        footer = dataclasses.replace(
+            footer, columns={**before, **made}, rows=target.stored.rows if footer.rows is None else footer.rows
+        )
         empty = np.empty(0, dtype=np.int64)
         target.write(TablePlan(target.location, None, np.arange(len(ids.text)), None, empty, columns, footer))
 

@@ -44,6 +44,13 @@ def error_codes(
     return codes
 
 
+def merged(first: Sequence[str | None], then: Sequence[str | None]) -> list[str | None]:
+    """One code a row: the first that names a reason. Either may have no code for the last rows, or none at all."""
+    length = max(len(first), len(then))
+    codes = [(*some, *[None] * (length - len(some))) for some in (first, then)]
+    return [one if one is not None else other for one, other in zip(*codes, strict=True)]
+
+
 def tally(codes: Sequence[str | None]) -> dict[str, Any]:
     """Count rows by what became of them: ``read``, ``embedded``, ``failed`` with ``reasons``, ``no_image``."""
     reasons = Counter(code for code in codes if code is not None)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from curator_embed.errors import CuratorEmbedError, SourceError, UsageError, redact
 from curator_embed.sources.shard import Note, Shard
-from curator_embed.steps import Step
+from curator_embed.steps import BatchStep, Step
 from curator_embed.tables.provenance import Footer, counted
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,11 @@ class ShardJob:
     def recipes(self) -> tuple[dict[str, Any], ...]:
         """What counts of the steps' recipes; asking a step costs more than reading a footer."""
         return tuple(counted(step.recipe()) for step in self.steps)
+
+    @cached_property
+    def dimensions_wanted(self) -> tuple[int | None, ...]:
+        """Per step, the length of its vectors where that is known; some models are run once to find out."""
+        return tuple(step.embedding_dim if isinstance(step, BatchStep) else None for step in self.steps)
 
     def target(self, shard: Shard) -> str:
         """Where the shard's parquet goes."""

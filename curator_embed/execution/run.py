@@ -36,7 +36,7 @@ from curator_embed.sources.shard import Shard
 from curator_embed.storage.files import redact
 from curator_embed.storage.location import Location
 from curator_embed.tables.bookkeeping import Bookkeeping
-from curator_embed.tables.overwriting import Overwriting
+from curator_embed.tables.overwriting import Overwriting, forget
 from curator_embed.tables.provenance import SETTLED_PER_RUN, counted
 
 __all__ = ["RowsFailed", "RunStopped", "execute"]
@@ -91,7 +91,14 @@ def execute(
         held.make()
         if overwriting is not None:
             overwriting.keep()
+        elif plan.todo or then is not None:
+            forget(held.books[0], part)
         notes = [*told, *_carried_over(job, shards), *_read_elsewhere(plan, held.books[0]), *plan.notes()]
+        if overwriting is not None and overwriting.made:
+            notes.append(
+                f"goes on with the overwriting run of {overwriting.begun}: {overwriting.made} files that it made anew "
+                "are kept"
+            )
         certificate = certificates(plan.job, shards) if certify else {}
         report = RunReport(settings=plan.settings, certificate=certificate)
         for note in (*notes, *(certificate_notes(certificate, plan.job.steps) if certify else ())):

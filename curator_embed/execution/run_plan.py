@@ -121,6 +121,8 @@ def make_plan(
     judged = [survey(job, shard, limit, seen) for shard, seen in zip(shards, looks, strict=True)]
     surveys = _refuse_unfaithful(job, shards, judged, limit)
     needed = {position for found in surveys for position in found.todo}
+    if needed and not any(seen.facts.images for seen in looks):
+        raise _without_images(job, looks)
     not_needed = frozenset(range(len(steps))) - needed
     job = dataclasses.replace(job, not_needed=not_needed, dimensions=_dimensions(job, surveys))
     surveys = [dataclasses.replace(found, footer=found.footer.only_counts()) for found in surveys]
@@ -162,12 +164,17 @@ def _refuse_unfaithful(
 def _refuse_without_images(job: ShardJob, looks: Sequence[Seen]) -> None:
     """Tables alone have nothing to be embedded: filling columns with nulls would pass for an answer."""
     if job.output is None and job.steps and looks and not any(seen.facts.images for seen in looks):
-        first = looks[0].target.stored.path
-        column = next(iter(job.steps[0].columns()))
-        raise UsageError(
-            f"{first}: there are no images beside it, nor beside any other table of this dataset, so '{column}' would "
-            "have no value in any row. Open the dataset where its images are, with metadata_path= for these tables"
-        )
+        raise _without_images(job, looks)
+
+
+def _without_images(job: ShardJob, looks: Sequence[Seen]) -> UsageError:
+    first = looks[0].table or looks[0].target
+    column = next(iter(job.steps[0].columns()))
+    return UsageError(
+        f"{first.stored.path}: there are no images beside it, nor beside any other table of this dataset, so "
+        f"'{column}' would have no value in any row. Open the dataset where its images are, with metadata_path= for "
+        "these tables"
+    )
 
 
 def _dimensions(job: ShardJob, surveys: Sequence[Judgement]) -> dict[str, int]:

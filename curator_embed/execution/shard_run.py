@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from curator_embed.errors import Reason, SourceError, UsageError, redact_name
-from curator_embed.execution.carrying import carried_columns
-from curator_embed.execution.failing import error_codes, tally
+from curator_embed.execution.carrying import Carried, carried_columns
+from curator_embed.execution.failing import error_codes, merged, tally
 from curator_embed.execution.job import FailedRows, NothingReadable, ShardJob, ShardReport
 from curator_embed.execution.survey import survey, unfaithful, wanted
 from curator_embed.execution.values import OwnVectors, embedded_values, image_values, vector_dtype
@@ -29,7 +29,7 @@ from curator_embed.steps import BatchStep, Step
 from curator_embed.storage.files import redact
 from curator_embed.storage.location import Location
 from curator_embed.tables.failpoints import failpoint
-from curator_embed.tables.judge import judge_columns, outdated
+from curator_embed.tables.judge import judge_columns, made_from_images, outdated
 from curator_embed.tables.nulls import nulls
 from curator_embed.tables.pairing import (
     Pairing,
@@ -57,6 +57,7 @@ class ShardRun:
         self.kept_samples: list[Sample] = []
         self._stack = ExitStack()
         self.opened: OpenShard | None = None
+        self.embedded_here = 0  # rows with a value in every column that this run makes
 
     # -- begin ---------------------------------------------------------------------------
 
@@ -152,6 +153,30 @@ class ShardRun:
         made_anew = {name for position in self.todo for name in self.job.steps[position].columns()}
         return bool(entries.keys() - made_anew - {ERROR_COLUMN})
 
+    def _old_codes(self, new: Sequence[str | None]) -> list[str | None]:
+        """An earlier run's reason codes, as far as they explain a column that is kept: one code serves all columns, and
+        what failed for a column that is made anew, or left out, has nothing to say any more.
+
+        Args:
+            new: this run's codes; where they name a reason, the old one need not be looked into.
+        """
+        if self.ids.errors is None or self.table is None:
+            return []
+        old: list[str | None] = self.ids.errors.to_pylist()
+        made_anew = {name for position in self.todo for name in self.job.steps[position].columns()}
+        selected = self._selected(self._schema())
+        entries = self.table.footer.columns
+        imaged = [name for name, entry in entries.items() if name != ERROR_COLUMN and made_from_images(entry)]
+        kept = [name for name in imaged if name not in made_anew and (selected is None or name in selected)]
+        open_rows = [row for row, code in enumerate(old[: len(new)]) if code is not None and new[row] is None]
+        if len(kept) == len(imaged) or not open_rows:
+            return old
+        empty = self.table.null_rows(kept, open_rows)
+        for row in open_rows:
+            if row not in empty:
+                old[row] = None
+        return old
+
     def _feed(self, opened: OpenShard) -> None:
         """Read every sample once; hand in the images whose values somebody will get."""
         wanted: set[str | None] | None = None
@@ -203,6 +228,8 @@ class ShardRun:
                 table = None if self.job.output is None else self.table
                 self.target.write(plan, from_table=table)
         except TargetChanged:
+            if self.target.location.token() == self.target.token:
+                raise  # it is the input that was changed
             # A run whose driver died may have workers that finish what they have, and Dask may run a task twice.
             # Overwriting makes everything anew; this file was made just now.
             found, _ = survey(replace(self.job, overwrite=False), self.shard, self.limit)
@@ -283,9 +310,16 @@ class ShardRun:
         given = [found.places.keys() for found in own.values()]
         failed = (self.source_errors, opened.errors)
         errors = error_codes(sample_of_row, ambiguous, self.has_image, failed, given, self.keys)
-        if self.ids.errors is not None:  # what an earlier run found holds for the columns it made
-            old = self.ids.errors.to_pylist() + [None] * len(orphans)
-            errors = [code if code is not None else new for code, new in zip(old, errors, strict=False)]
+        self.embedded_here = tally(errors)["embedded"]
+        columns = self._columns(opened, own, sample_of_row)
+        carried = Carried()
+        if job.output is not None and self.target.exists:
+            schema = in_memory.schema if in_memory is not None else self._schema()
+            carried = carried_columns(self.target, job.id_col, {*columns, *schema.names, ERROR_COLUMN}, all_ids)
+            if carried.lost:
+                gone = f"{carried.lost} rows of the version before are gone, and with them their values in"
+                self._note(self.target.stored.path, f"{gone} {', '.join(carried.columns)}")
+        errors = merged(merged(self._old_codes(errors), errors), carried.codes)
         self._count(errors, all_ids)
         self.report.decoders = dict(opened.decoders)
         keep = np.arange(len(sample_of_row))
@@ -296,12 +330,10 @@ class ShardRun:
             left_out = tally([code for code in errors if code is not None])
             dropped = {name: left_out[name] for name in ("failed", "no_image", "reasons")} if left_out["read"] else {}
         first, added = keep[keep < len(row_ids)], keep[keep >= len(row_ids)]
-        columns = self._columns(opened, own, sample_of_row, errors)
-        entries = self._entries(opened, own, [all_ids[row] for row in keep])
-        if job.overwrite and job.output is not None:
-            schema = in_memory.schema if in_memory is not None else self._schema()
-            carried, made = carried_columns(self.target, job.id_col, {*columns, *schema.names}, all_ids)
-            columns, entries = columns | carried, made | entries
+        codes = pa.array(errors, pa.string())
+        columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: codes.take(pa.array(rows)))
+        columns |= carried.columns
+        entries = dict(carried.entries) | self._entries(opened, own, [all_ids[row] for row in keep])
         return TablePlan(
             source=None if table is None else table.location,
             in_memory=in_memory,
@@ -342,7 +374,7 @@ class ShardRun:
             return
         key, reason = report.examples[0]
         where = redact(self.shard.image_source() or self.shard.name)
-        if self.todo and not report.embedded and not self.job.write_unreadable:
+        if self.todo and not self.embedded_here and not self.job.write_unreadable:
             raise NothingReadable(
                 f"{where}: not one of {report.failed} images could be read or embedded, the first is "
                 f"'{key}': {reason}{''.join(f'. {note.message}' for note in self.shard.notes())}"
@@ -441,7 +473,6 @@ class ShardRun:
         opened: OpenShard,
         own: Mapping[int, OwnVectors],
         sample_of_row: np.ndarray,
-        errors: list[str | None],
     ) -> dict[str, NewColumn]:
         columns: dict[str, NewColumn] = {}
         for position in self.todo:
@@ -454,8 +485,6 @@ class ShardRun:
                 else:
                     values = image_values(step, name, opened, position, sample_of_row, self.keys)
                     columns[name] = NewColumn(kind, values)
-        codes = pa.array(errors, pa.string())
-        columns[ERROR_COLUMN] = NewColumn(pa.string(), lambda rows: codes.take(pa.array(rows)))
         return columns
 
     def _entries(self, opened: OpenShard, own: Mapping[int, OwnVectors], ids: Sequence[str | None]) -> dict[str, Entry]:

@@ -32,7 +32,8 @@ def uncounted(shard: Shard) -> frozenset[str]:
 
 def wanted(job: ShardJob) -> tuple[Wanted, ...]:
     """What the job's steps would make."""
-    return tuple(Wanted(tuple(step.columns()), recipe) for step, recipe in zip(job.steps, job.recipes, strict=True))
+    every = zip(job.steps, job.recipes, job.dimensions_wanted, strict=True)
+    return tuple(Wanted(tuple(step.columns()), recipe, dimension) for step, recipe, dimension in every)
 
 
 def asked(job: ShardJob, limit: int | None = None, *, overwrite: bool | None = None) -> Asked:

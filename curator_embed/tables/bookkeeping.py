@@ -85,7 +85,10 @@ class Bookkeeping:
             os.makedirs(self.place.path, exist_ok=True)
         if self.former is None:
             return
-        for path in self.former.fs.ls(self.former.path, detail=False):
+        former: list[str] = []
+        with suppress(FileNotFoundError):  # another run has moved it
+            former = self.former.fs.ls(self.former.path, detail=False)
+        for path in former:
             name = path.rstrip("/").rpartition("/")[2]
             with suppress(FileNotFoundError):  # another run is moving them, too
                 if self.place.is_local and self.former.is_local:

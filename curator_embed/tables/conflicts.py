@@ -33,7 +33,6 @@ _NOT_OVERWRITABLE = frozenset(
         ConflictKind.NO_ID_COLUMN,
         ConflictKind.UNFAITHFUL,
         ConflictKind.OWN_TABLE,
-        ConflictKind.COLUMNS_ADDED,
         ConflictKind.CUT_OTHERWISE,
     }
 )

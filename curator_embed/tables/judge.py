@@ -6,7 +6,7 @@ A run may skip a shard on the strength of its footer alone, so what counts is de
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -151,6 +151,8 @@ def judge_columns(
     """
     todo: list[int] = []
     replaced: list[str] = []
+    if not facts.ids and (errors := entries.get(ERROR_COLUMN)) is not None:
+        facts = replace(facts, ids=errors.ids)  # the last run read them
     for position, step in enumerate(wanted):
         present = [name for name in step.columns if name in names]
         if overwrite or len(present) < len(step.columns):
@@ -267,6 +269,13 @@ def judge_output(
     if own:
         why = "is the dataset's own table"
         return Judgement((), conflict=Conflict(ConflictKind.OWN_TABLE, there.path, why, _OWN_TABLE))
+    made = {name for step in asked.wanted for name in step.columns}
+    files = [there] if table is None else [there, table]
+    if not facts.images and any(
+        made_from_images(entry) for file in files for name, entry in file.footer.columns.items() if name in made
+    ):
+        why = "has columns made from images that are no longer there; they would have no value in any row"
+        return Judgement((), conflict=Conflict(ConflictKind.IMAGES_GONE, there.path, why, _RESTORE_IMAGES))
     if there.schema is not None and not asked.overwrite:
         found = _judge_existing(there, table, asked, facts, ids)
         if found is not None:
@@ -336,9 +345,11 @@ def _rows_changed(there: Stored, table: Stored | None, ids: str) -> tuple[bool, 
         return True, f"was written from {before}, and there is {after} now", ()
     if table is None or table.mark is None or not made_from or same_mark(made_from, table.mark):
         return False, "", ()
-    if ids and made_from.get("ids") and ids != made_from["ids"]:
+    if not ids or not made_from.get("ids"):
+        return False, "", (_TABLE_CHANGED.format(path=table.path, rows="whether its ids are the same cannot be told"),)
+    if ids != made_from["ids"]:
         return True, f"was written from other rows than {table.path} has now: its ids have changed", ()
-    return False, "", (_TABLE_CHANGED.format(path=table.path),)
+    return False, "", (_TABLE_CHANGED.format(path=table.path, rows="its ids are the same"),)
 
 
 def same_mark(recorded: Mapping[str, Any], mark: Mapping[str, Any]) -> bool:
@@ -375,6 +386,6 @@ _COLUMNS_ADDED = (
     "overwriting would drop them"
 )
 _TABLE_CHANGED = (
-    "{path} has changed since the output was made from it: its rows are the same, and other columns that were copied "
-    "are as they were; overwrite=True copies them anew"
+    "{path} has changed since the output was made from it: {rows}, and other columns that were copied are as they "
+    "were; overwrite=True copies them anew"
 )

@@ -8,12 +8,29 @@ and the next one that is asked for begins anew.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from curator_embed.storage.location import Token
 from curator_embed.tables.bookkeeping import Bookkeeping
+from curator_embed.tables.lock import parts_overlap
 from curator_embed.tables.provenance import canonical_json
+
+_PREFIX = "overwriting"
+
+
+def forget(book: Bookkeeping, part: str, but: str = "") -> None:
+    """Remove the records of runs that wrote the same files: what another run writes is not their work.
+
+    Args:
+        part: ``Shard.part`` of what is about to be written.
+        but: the name of the record that the run itself keeps.
+    """
+    for name in book.names(_PREFIX):
+        other = name.removeprefix(f"{_PREFIX}-").removesuffix(".json") if name.startswith(f"{_PREFIX}-") else ""
+        if name != but and parts_overlap(part, other):
+            book.remove(name)
 
 
 class Overwriting:
@@ -21,6 +38,8 @@ class Overwriting:
 
     Attributes:
         versions: of every file that is still to be made anew, by shard.
+        made: files that a run which was stopped has made anew already.
+        begun: when that run began, UTC; empty where there was none.
     """
 
     def __init__(self, book: Bookkeeping, part: str, asked: Any) -> None:
@@ -29,7 +48,9 @@ class Overwriting:
             part: ``Shard.part`` of what is written: parts of a list are overwritten side by side.
             asked: what the run makes, as plain JSON: a record of another one is no record.
         """
-        self._book, self._name = book, f"overwriting-{part}.json" if part else "overwriting.json"
+        self._book, self._part, self._name = book, part, f"{_PREFIX}-{part}.json" if part else f"{_PREFIX}.json"
+        self.made = 0
+        self.begun = ""
         self._asked = hashlib.sha256(canonical_json(asked).encode("utf-8", "backslashreplace")).hexdigest()[:32]
         self.versions: dict[str, Token] = {}
 
@@ -44,13 +65,16 @@ class Overwriting:
         if isinstance(kept, dict) and kept.get("asked") == self._asked and isinstance(kept.get("versions"), dict):
             before = {str(name): tuple(version) for name, version in kept["versions"].items() if version}
             # What has changed since was made by that run; what it did not know of, too.
-            now = {name: token for name, token in now.items() if before.get(name) == token}
+            left = {name: token for name, token in now.items() if before.get(name) == token}
+            now, self.made, self.begun = left, len(now) - len(left), str(kept.get("begun", ""))
         self.versions = now
         return self
 
     def keep(self) -> None:
         """Write the record down, before the first file is replaced."""
-        self._book.write(self._name, {"asked": self._asked, "versions": self.versions})
+        forget(self._book, self._part, but=self._name)
+        begun = self.begun or time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        self._book.write(self._name, {"asked": self._asked, "begun": begun, "versions": self.versions})
 
     def end(self) -> None:
         """All is made anew."""

@@ -229,10 +229,13 @@ def _with_marks(entry: Entry, marks: Mapping[str, Any]) -> Entry:
 def _of_0_1_0(footer: Footer) -> Footer:
     """What version 0.1.0 meant: it counted rows that it dropped, and its digests were of the input's ids."""
     rows = None if footer.output.get("on_error") == "drop" else footer.counts.get("read")
-    columns = footer.columns
+    columns, table = footer.columns, footer.table
     if footer.output:
+        ids = next((entry.ids for entry in columns.values() if entry.ids), "")
+        if table and ids and "limit" not in footer.output:
+            table = {**table, "ids": ids}
         columns = {name: replace(entry, ids="") for name, entry in columns.items()}
-    return replace(footer, columns=columns, rows=rows)
+    return replace(footer, columns=columns, rows=rows, table=table)
 
 
 def _checked(value: Any, kind: type) -> Any:
@@ -248,16 +251,22 @@ def _checked(value: Any, kind: type) -> Any:
 
 def _counts(value: Any) -> dict[str, Any]:
     found = _tally(value)
-    return found | {name: _checked(found[name], int) for name in ("read", "embedded") if name in found}
+    return found | {name: _number(found[name]) for name in ("read", "embedded") if name in found}
 
 
 def _tally(value: Any) -> dict[str, Any]:
     found = dict(_checked(value, dict))
     for name in ("failed", "no_image"):
-        _checked(found.get(name, 0), int)
+        _number(found.get(name, 0))
     for code, count in _checked(found.get("reasons", {}), dict).items():
-        _checked(code, str), _checked(count, int)
+        _checked(code, str), _number(count)
     return found
+
+
+def _number(value: Any) -> int:
+    if _checked(value, int) < 0:
+        raise ValueError(f"{value} rows")
+    return int(value)
 
 
 def recorded_settings(footers: Sequence[Footer], step: Step) -> dict[str, Any] | None:
@@ -266,6 +275,8 @@ def recorded_settings(footers: Sequence[Footer], step: Step) -> dict[str, Any] |
     for footer in footers:
         for name in step.columns():
             recipe = footer.columns[name].recipe if name in footer.columns else {}
-            if counted(recipe, without=SETTLED_PER_RUN) == wanted:
-                return {key: recipe.get(key) for key in SETTLED_PER_RUN}
+            threads, compiled = recipe.get("threads"), recipe.get("compile")
+            sound = isinstance(threads, int | None) and isinstance(compiled, bool | None)
+            if sound and counted(recipe, without=SETTLED_PER_RUN) == wanted:
+                return {"threads": threads, "compile": compiled}
     return None

@@ -6,11 +6,12 @@ Runs, exports and assigned columns all come here, so that what one of them leave
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -122,6 +123,26 @@ class ShardTable:
         text = ids_as_text(column)
         return Ids(column.type, text, ids_digest(text), table.column(ERROR_COLUMN) if errors else None)
 
+    def null_rows(self, columns: Sequence[str], rows: Sequence[int]) -> set[int]:
+        """Those of some rows in which a column is null; only row groups that have such rows are read.
+
+        Args:
+            rows: positions, ascending.
+        """
+        found: set[int] = set()
+        with self.reading() as parquet:
+            start = 0
+            for group in range(parquet.num_row_groups):
+                stop = start + parquet.metadata.row_group(group).num_rows
+                here = [row for row in rows if start <= row < stop]
+                if here and columns:
+                    table = parquet.read_row_group(group, columns=list(columns))
+                    for column in table.columns:
+                        null = np.asarray(column.is_null())
+                        found |= {row for row in here if null[row - start]}
+                start = stop
+        return found
+
     def counts(self) -> dict[str, Any]:
         """Rows by what became of them: as the footer has it, or counted where it does not say.
 
@@ -172,7 +193,9 @@ class ShardTable:
         """
         if from_table is not None and from_table.location.token() != from_table.token:
             raise TargetChanged(from_table.stored.path)
-        return write_table(plan, self.location, self.token)
+        return write_table(
+            plan, self.location, self.token, source_token=None if from_table is None else from_table.token
+        )
 
     def same_file(self, other: ShardTable) -> bool:
         """Whether both are one file."""

@@ -204,8 +204,21 @@ class TablePlan:
     selected: list[str] | None = None
 
 
-def write_table(plan: TablePlan, target: Location, expected: Token | None, *, check: bool = True) -> int:
-    """Write one shard's output atomically. Returns the number of rows."""
+def write_table(
+    plan: TablePlan,
+    target: Location,
+    expected: Token | None,
+    *,
+    check: bool = True,
+    source_token: Token | None = None,
+) -> int:
+    """Write one shard's output atomically. Returns the number of rows.
+
+    Args:
+        expected: the version of the target that may be replaced; None for no file.
+        check: False where any version may be.
+        source_token: the version of the plan's source that must still be there when all is written; None for any.
+    """
     if target.is_local:
         try:
             os.makedirs(target.parent, exist_ok=True)
@@ -217,7 +230,12 @@ def write_table(plan: TablePlan, target: Location, expected: Token | None, *, ch
                 stack.enter_context(plan.source.open_parquet()),
                 stack.enter_context(plan.source.open_bytes()),
             )
-            return Rewriting(plan, parquet, raw, stack.enter_context(replacing(target, expected, check=check))).write()
+            written = Rewriting(
+                plan, parquet, raw, stack.enter_context(replacing(target, expected, check=check))
+            ).write()
+            if source_token is not None and plan.source.token() != source_token:
+                raise TargetChanged(plan.source.path)
+            return written
         schema, tables = stack.enter_context(_output(plan))
         file = stack.enter_context(replacing(target, expected, check=check))
         written = 0

@@ -490,3 +490,175 @@ def test_a_table_that_cannot_be_copied_is_refused_before_anything_is_written_and
             embed(source, **options)  # type: ignore[arg-type]
     assert {p.name: p.read_bytes() for p in source.glob("*.parquet")} == before
     assert embed(source, tmp_path / "out", columns=[]).shards["done"] == 2
+
+
+# -- what a reviewer found: each wrong without a word before -------------------------------
+
+
+def test_an_overwriting_run_does_not_take_another_runs_files_for_its_own(
+    source: Path, wheel_photos: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(source)
+    before = table_rows(source)
+    for number in range(2):
+        members = [(f"{number:05d}{n:04d}.jpg", image) for n, image in enumerate(crops(wheel_photos[2], 4))]
+        write_tar(source / f"{number:05d}.tar", members)
+    monkeypatch.setattr("curator_embed.tables.overwriting.Overwriting.end", lambda self: None)  # as if it was killed
+    embed(source, overwrite=True)
+    monkeypatch.undo()
+    swap = table_rows(source)
+    assert swap != before
+    embed(source, column="b")  # touches every file
+    assert not list(source.with_name("in.curator_embed").glob("overwriting*.json"))
+    assert embed(source, overwrite=True).shards["done"] == 2
+
+
+def test_an_overwriting_run_that_goes_on_says_so(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed(source)
+    monkeypatch.setattr("curator_embed.tables.overwriting.Overwriting.end", lambda self: None)
+    embed(source, overwrite=True)
+    monkeypatch.undo()
+    report = embed(source, overwrite=True)
+    assert any("goes on with the overwriting run of" in note and "2 files" in note for note in report.notes)
+
+
+class Touching(Meddling):
+    """Somebody touches the table, whose rows stay as they are."""
+
+    def prepare(self, image: Any) -> Any:
+        if not self.table.with_suffix(".done").exists():
+            self.table.with_suffix(".done").touch()
+            self.table.touch()
+        return ColourEmbedder.prepare(self, image)
+
+
+def test_overwriting_while_the_input_is_touched_is_no_success(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    folder = write_dataset(tmp_path / "in", wheel_photos, shards=1, samples=4, missing=0)
+    table = folder / "00000.parquet"
+    table.with_suffix(".done").touch()
+    save(Touching(table)(opened(folder)), tmp_path / "out")
+    table.with_suffix(".done").unlink()
+    with pytest.raises(RunStopped, match=r"in/00000\.parquet: the file was changed by someone else"):
+        save(Touching(table)(opened(folder)), tmp_path / "out", overwrite=True)
+    assert save(Touching(table)(opened(folder)), tmp_path / "out", overwrite=True).shards["done"] == 1
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_whose_images_are_gone_is_not_emptied(source: Path, tmp_path: Path, overwrite: bool) -> None:
+    embed(source, tmp_path / "out")
+    before = table_rows(tmp_path / "out")
+    (source / "00000.tar").unlink()
+    with pytest.raises(UsageError, match=r"images that are no longer there.*Restore the images"):
+        embed(source, tmp_path / "out", overwrite=overwrite)
+    assert table_rows(tmp_path / "out") == before
+
+
+def test_tables_alone_make_no_output_of_nulls(source: Path, tmp_path: Path) -> None:
+    for tar in source.glob("*.tar"):
+        tar.unlink()
+    with pytest.raises(UsageError, match="there are no images beside it"):
+        embed(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("assigned", [False, True])
+def test_rows_added_under_our_footer_are_not_healed_by_the_next_column(source: Path, assigned: bool) -> None:
+    embed(source)
+    path = source / "00000.parquet"
+    table = pq.read_table(path)
+    more = table.slice(0, 1).set_column(table.column_names.index("key"), "key", pa.array(["stranger"]))
+    more = more.set_column(table.column_names.index("image_embedding"), "image_embedding",
+                           pa.nulls(1, table.schema.field("image_embedding").type))  # fmt: skip
+    pq.write_table(pa.concat_tables([table, more.cast(table.schema)]), path)
+    if assigned:
+        dataset = opened(source)
+        dataset.metadata["half"] = dataset.metadata["width"] // 2
+        save(dataset)
+        assert embed(source).shards["done"] == 1, "the rows are worked on"
+    else:
+        save(ColourEmbedder("b")(opened(source)))
+        with pytest.raises(UsageError, match=r"other ids.*overwrite=True"):
+            embed(source)
+
+
+def test_codes_go_with_the_columns_that_they_explain(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    images = crops(wheel_photos[0], 3)
+    (tmp_path / "photos").mkdir()
+    for name, image in zip("ab", images, strict=False):
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(image)
+    (tmp_path / "list.txt").write_text("a.jpg\nb.jpg\nc.jpg\n")
+
+    def listed(column: str) -> ImageTextPairDataset:
+        return ColourEmbedder(column)(ImageTextPairDataset.from_path_list(tmp_path / "list.txt", tmp_path / "photos"))
+
+    save(listed("a"))
+    save(listed("b"))
+    (tmp_path / "photos" / "c.jpg").write_bytes(images[2])
+    half = save(listed("a"), overwrite=True)
+    assert half.failed == 1, "b has no value yet"
+    whole = save(listed("b"), overwrite=True)
+    assert (whole.embedded, whole.failed) == (3, 0)
+
+
+def test_a_shard_whose_old_codes_cover_all_rows_is_no_unreadable_one(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    images = crops(wheel_photos[0], 4)
+    (tmp_path / "photos").mkdir()
+    for name, image in zip("ab", images, strict=False):
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(image)
+    (tmp_path / "list.txt").write_text("a.jpg\nb.jpg\nc.jpg\nd.jpg\n")
+
+    def listed(column: str, start: int = 0) -> ImageTextPairDataset:
+        lines = (tmp_path / "list.txt", tmp_path / "photos", None, start, None, 2)
+        return ColourEmbedder(column)(ImageTextPairDataset.from_path_list(*lines))
+
+    save(listed("a"))
+    for name, image in zip("cd", images[2:], strict=True):
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(image)
+    assert save(listed("b", 2)).shards["done"] == 1
+
+
+class Choosy(ColourEmbedder):
+    """Fails on every image but the first."""
+
+    def __init__(self, column: str) -> None:
+        super().__init__(column)
+        self.seen = 0
+
+    def settled(self, settings: Any, *, images: int | None = None) -> Choosy:
+        return self
+
+    def prepare(self, image: Any) -> Any:
+        self.seen += 1
+        if self.seen > 1:
+            raise ValueError("no")
+        return super().prepare(image)
+
+
+def test_a_row_is_not_dropped_for_a_column_that_is_left_out(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    folder = write_dataset(tmp_path / "in", wheel_photos, shards=1, samples=3, missing=0)
+    assert save(Choosy("picky")(ColourEmbedder("a")(opened(folder)))).failed == 2
+    report = save(ColourEmbedder("a")(opened(folder)), tmp_path / "out", columns=[], on_error="drop")
+    assert (report.embedded, report.failed) == (3, 0)
+
+
+def test_a_trial_gives_way_and_later_columns_stay(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    embed(source, out, limit=3)
+    trial = ColourEmbedder("later")(opened(source, metadata_path=str(out)))
+    first = trial.like([shard for shard in trial.shards if (out / f"{shard.name}.parquet").exists()], trial.steps)
+    save(first)
+    embed(source, out)
+    assert "later" in pq.read_schema(out / "00000.parquet").names
+
+
+def test_values_of_rows_without_an_id_are_carried_by_position(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    folder, images = tmp_path / "in", crops(wheel_photos[0], 2)
+    folder.mkdir()
+    write_tar(folder / "0.tar", [("a.jpg", images[0]), ("b.jpg", images[1])])
+    pq.write_table(pa.table({"key": ["a", None, "b"]}), folder / "0.parquet")
+    embed(folder, tmp_path / "out")
+    saved = opened(folder, metadata_path=str(tmp_path / "out"))
+    saved.metadata["number"] = saved.metadata["key"].isna().astype("int64[pyarrow]")
+    save(saved)
+    embed(folder, tmp_path / "out", version=2, overwrite=True)
+    assert pq.read_table(tmp_path / "out" / "0.parquet")["number"].to_pylist() == [0, 1, 0]

@@ -425,7 +425,7 @@ def test_what_overwriting_would_replace_and_what_is_advised(kind: ConflictKind) 
     replaced = {
         ConflictKind.FOREIGN_COLUMN, ConflictKind.OTHER_RECIPE, ConflictKind.OTHER_SAMPLES, ConflictKind.OTHER_PAIRING,
         ConflictKind.OTHER_IDS, ConflictKind.DAMAGED, ConflictKind.STRANGER, ConflictKind.OTHER_OPTIONS,
-        ConflictKind.OTHER_ROWS, ConflictKind.LACKS_COLUMNS,
+        ConflictKind.OTHER_ROWS, ConflictKind.LACKS_COLUMNS, ConflictKind.COLUMNS_ADDED,
     }  # fmt: skip
     conflict = Conflict(kind, "/d/0.parquet", "is wrong")
     assert conflict.overwritable is (kind in replaced)

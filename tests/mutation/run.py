@@ -47,8 +47,20 @@ TARGETS = {
     "provenance": Target("curator_embed/tables/provenance.py", ("tests/tables/test_provenance.py",)),
     "judge": Target("curator_embed/tables/judge.py", ("tests/tables/test_judge.py",)),
     "conflicts": Target("curator_embed/tables/conflicts.py", ("tests/tables/test_judge.py",)),
-    "writing": Target("curator_embed/tables/writing.py", ("tests/tables/test_writing.py",)),
+    "bookkeeping": Target("curator_embed/tables/bookkeeping.py", ("tests/tables/test_bookkeeping.py",)),
+    "nulls": Target("curator_embed/tables/nulls.py", ("tests/tables/test_nulls.py",)),
+    "thrift": Target(
+        "curator_embed/tables/thrift.py", ("tests/tables/test_thrift.py", "tests/tables/test_fidelity.py")
+    ),
+    "splicing": Target("curator_embed/tables/splicing.py", ("tests/tables/test_fidelity.py",)),
+    "rewriting": Target("curator_embed/tables/rewriting.py", ("tests/tables/test_fidelity.py",)),
+    "writing": Target(
+        "curator_embed/tables/writing.py", ("tests/tables/test_writing.py", "tests/tables/test_fidelity.py")
+    ),
     "fitting": Target("curator_embed/sources/fitting.py", ("tests/sources/test_fitting.py",)),
+    "blame": Target("curator_embed/execution/blame.py", ("tests/execution/test_blame.py",)),
+    "stragglers": Target("curator_embed/execution/stragglers.py", ("tests/execution/test_stragglers.py",)),
+    "values": Target("curator_embed/execution/values.py", ("tests/execution/test_values.py",)),
 }
 
 

@@ -264,6 +264,13 @@ def by_polars(path: Path) -> None:
     frame.write_parquet(path, row_group_size=3)
 
 
+def names_with_dots(path: Path) -> None:
+    names = ["key", "a.b", "a", "a.", "ünï", "A"]
+    columns = [pa.array(list("abcdefg")), *[pa.array(range(n, n + ROWS)) for n in range(5)]]
+    columns[2] = pa.array([{"b": n} for n in range(ROWS)])
+    pq.write_table(pa.table(columns, names), path, row_group_size=3)
+
+
 INPUTS: dict[str, Callable[[Path], None]] = {
     "pyarrow": by_pyarrow(),
     **{f"pyarrow {codec}": by_pyarrow(compression=codec) for codec in ("none", "gzip", "brotli", "lz4", "zstd")},
@@ -284,6 +291,7 @@ INPUTS: dict[str, Callable[[Path], None]] = {
     "ENUM": annotated(4, 4),
     "BSON": annotated(20),
     "lists of two levels": two_level_lists,
+    "names with dots": names_with_dots,
     "INT96": int96,
     "INT96 beside INT64": int96_beside_int64,
     "DuckDB": by_duckdb,

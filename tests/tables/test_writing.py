@@ -86,6 +86,25 @@ def test_a_file_changed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     assert path.read_bytes() == b"somebody else's work"
 
 
+def test_an_input_that_is_replaced_while_it_is_copied_gives_no_output(tmp_path: Path) -> None:
+    path, target = tmp_path / "0.parquet", tmp_path / "1.parquet"
+    table = pa.table({"key": ["a", "b"]})
+    pq.write_table(table, path)
+    source = Location.of(str(path))
+    token = source.token()
+
+    def values(rows: np.ndarray) -> pa.Array:
+        pq.write_table(table.take([1, 0]), tmp_path / "new")
+        os.replace(tmp_path / "new", path)
+        return pa.array(rows)
+
+    plan = plan_for(source, np.arange(2), {"n": NewColumn(pa.int64(), values)})
+    with pytest.raises(TargetChanged, match=r"0\.parquet: "):
+        write_table(plan, Location.of(str(target)), None, source_token=token)
+    assert not target.exists()
+    assert write_table(plan, Location.of(str(target)), None) == 2
+
+
 def test_no_parquet_glob_matches_the_temporary_name(tmp_path: Path) -> None:
     location = Location.of(str(tmp_path / "0.parquet"))
     with replacing(location, None) as file:

@@ -49,6 +49,7 @@ class DatasetDescription:
         made: column -> ways it was made, each with the number of files.
         outdated: column -> why it is out of date, each with the number of files.
         verified: whether ids were read for that.
+        unverified: files of which some columns do not say what made them, though they do in other files.
         counts: rows read, embedded, failed, no_image and the reasons, summed over the files that say.
         problems: files that cannot be read, with why.
     """
@@ -70,6 +71,7 @@ class DatasetDescription:
     made: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     outdated: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     verified: bool = False
+    unverified: int = 0
     counts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
@@ -94,7 +96,11 @@ class DatasetDescription:
                 f"{self.counts['failed']:,} failed{f' ({reasons})' if reasons else ''}, "
                 f"{self.counts['no_image']:,} without image"
             )
-        if self.verified and not self.outdated:
+        if self.verified and self.unverified:
+            lines.append(
+                f"not verified: {_count(self.unverified, 'file')} of {self.tables:,} not saying what made them"
+            )
+        elif self.verified and not self.outdated:
             lines.append("verified: all columns were made for the ids of their rows")
         if self.bookkeeping:
             last = f", last run {self.last_run}" if self.last_run else ""
@@ -192,6 +198,7 @@ def describe_dataset(
             counts = look.footer.accounted()
             sums.update({key: value for key, value in counts.items() if isinstance(value, int)})
             reasons.update(counts.get("reasons", {}))
+    found.unverified = found.tables - min((sum(files.values()) for files in recipes.values()), default=found.tables)
     found.made = {
         name: [{"recipe": json.loads(text), "files": count} for text, count in counter.most_common()]
         for name, counter in recipes.items()

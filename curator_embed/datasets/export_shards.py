@@ -104,6 +104,8 @@ def kept_rows(part: Any, column: str) -> np.ndarray:
         return np.empty(0, dtype=np.int64)
     if not (pa.types.is_boolean(array.type) or pa.types.is_integer(array.type)):
         raise UsageError(f"column '{column}' holds {array.type}, not true and false")
+    if pa.types.is_integer(array.type) and len(other := set(array.unique().to_pylist()) - {0, 1, None}):
+        raise UsageError(f"column '{column}' holds {min(other)}, not true and false, nor 1 and 0")
     return np.flatnonzero(array.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False))
 
 

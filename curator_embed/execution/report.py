@@ -103,10 +103,11 @@ class RunReport:
         self.stopped, self.ended = self.stopped or after.stopped, self.ended or after.ended
         self.wall_seconds += after.wall_seconds
         self.workers_lost += after.workers_lost
-        if not after.whole:
-            self.shards["done"] = max(0, self.shards["done"] - after.shards["left"] - after.shards["failed"])
-            self.shards["left"] += after.shards["left"]
-            self.shards["failed"] += after.shards["failed"]
+        shards = self.shards["done"] + self.shards["skipped"]
+        self.shards |= {state: self.shards[state] + after.shards[state] for state in ("left", "failed")}
+        finished = max(0, shards - after.shards["left"] - after.shards["failed"])
+        self.shards["done"] = min(finished, max(self.shards["done"], after.shards["done"]))
+        self.shards["skipped"] = finished - self.shards["done"]
         self._note_all(after.notes)
 
     def add(self, shard: ShardReport) -> None:

@@ -24,7 +24,7 @@ from curator_embed.tables.conflicts import Conflict, ConflictKind
 from curator_embed.tables.judge import Judgement
 from curator_embed.tables.known_files import fit_to_folder
 from curator_embed.tables.overwriting import Overwriting
-from curator_embed.tables.provenance import recorded_settings
+from curator_embed.tables.provenance import ERROR_COLUMN, recorded_settings
 from curator_embed.tables.shard_table import Seen, ShardTable
 from curator_embed.tables.splicing import Layout, NotCopied
 
@@ -47,6 +47,7 @@ class RunPlan:
         bytes_free: on the output's disk; None where that has no meaning (object stores).
         overlapping: files in the output that hold rows of these shards under other names.
         versions: of every shard's file as it is now, by shard; None where there is none.
+        also: columns of ours that finished files have and this run does not make.
     """
 
     job: ShardJob
@@ -59,6 +60,7 @@ class RunPlan:
     settings: dict[str, Any] = field(default_factory=dict)
     overlapping: list[Conflict] = field(default_factory=list)
     versions: dict[str, Token | None] = field(default_factory=dict)
+    also: list[str] = field(default_factory=list)
 
     @property
     def todo(self) -> list[int]:
@@ -79,7 +81,14 @@ class RunPlan:
 
     def notes(self) -> list[str]:
         """What a person should know of shards that are done."""
-        return [note for found in self.surveys for note in found.notes]
+        notes = [note for found in self.surveys for note in found.notes]
+        new = [position for position in self.todo if self.versions.get(self.shards[position].name) is None]
+        if self.also and new and len(new) < len(self.shards):
+            notes.append(
+                f"finished files also have the columns {', '.join(self.also)}, and the {len(new)} that are written now "
+                "will not: make these columns in a further run, or some readers cannot read the files together"
+            )
+        return notes
 
 
 def make_plan(
@@ -120,13 +129,15 @@ def make_plan(
         shards = [shard.replacing(left.get(shard.name)) for shard in shards]
     judged = [survey(job, shard, limit, seen) for shard, seen in zip(shards, looks, strict=True)]
     surveys = _refuse_unfaithful(job, shards, judged, limit)
+    made = {ERROR_COLUMN, *(name for step in steps for name in step.columns())}
+    also = sorted({name for found in surveys if found.done for name in found.footer.columns} - made)
     needed = {position for found in surveys for position in found.todo}
     if needed and not any(seen.facts.images for seen in looks):
         raise _without_images(job, looks)
     not_needed = frozenset(range(len(steps))) - needed
     job = dataclasses.replace(job, not_needed=not_needed, dimensions=_dimensions(job, surveys))
     surveys = [dataclasses.replace(found, footer=found.footer.only_counts()) for found in surveys]
-    plan = RunPlan(job, list(shards), surveys, versions=versions)
+    plan = RunPlan(job, list(shards), surveys, versions=versions, also=also)
     open_rows = [known[position] for position in plan.todo]
     plan.rows = sum(rows or 0 for rows in open_rows)
     plan.rows_known = None not in open_rows

@@ -57,6 +57,7 @@ class ShardRun:
         self.kept_samples: list[Sample] = []
         self._stack = ExitStack()
         self.opened: OpenShard | None = None
+        self.paired_nothing = ""  # what to say where there are images and rows, and not one of them meets
         self.embedded_here = 0  # rows with a value in every column that this run makes
 
     # -- begin ---------------------------------------------------------------------------
@@ -137,6 +138,11 @@ class ShardRun:
                 f"{self.table.stored.path}: {status.why}. Pass overwrite=True to make it anew; nothing was changed"
             )
         self.facts = facts
+        made_anew = {name for position in self.todo for name in self.job.steps[position].columns()}
+        for name, entry in names.items():
+            found = outdated(entry, facts) if name not in made_anew and name != ERROR_COLUMN and entry.samples else None
+            if found is not None:
+                self._note(self.table.stored.path, f"column '{name}' {found[1]}; overwrite=True makes it anew")
         return ids if self._old_codes_hold() else replace(ids, errors=None)
 
     def _names(self) -> list[str]:
@@ -370,6 +376,8 @@ class ShardRun:
 
     def _refuse_failures(self) -> None:
         report = self.report
+        if self.todo and self.paired_nothing and not self.embedded_here and not self.job.write_unreadable:
+            raise NothingReadable(f"{redact(self.shard.image_source() or self.shard.name)}: {self.paired_nothing}")
         if not report.failed:
             return
         key, reason = report.examples[0]
@@ -436,12 +444,12 @@ class ShardRun:
                 f"('{redact_name(key)}': {rows} rows, {samples} images); their rows carry '{Reason.AMBIGUOUS_ID}'",
             )
         if row_ids and self.keys and (pairing.sample_of_row < 0).all() and not pairing.unequal:
-            self._note(
-                path,
+            self.paired_nothing = (
                 f"no image has an id of the table's column '{self.job.id_col}' (table: "
                 f"'{redact_name(str(row_ids[0]))}', images: '{redact_name(self.keys[0])}'); "
-                "choose another with id_col= and overwrite=True",
+                "choose another with id_col="
             )
+            self._note(path, self.paired_nothing)
         if len(pairing.orphans) and self.limit is None:
             what = "added as rows"
             if self.job.output is None:

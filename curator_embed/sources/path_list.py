@@ -309,7 +309,9 @@ class PathListShard(Shard):
         asked = good + len(failures)
         missing = sum(failure.reason == Reason.NOT_FOUND for failure in failures)
         unreachable = [failure for failure in failures if failure.reason == Reason.READ_ERROR]
-        if failures and not good and not refusals.count:
+        if failures and len(unreachable) == len(failures) and not good:
+            self._note(f"not one image can be read ({unreachable[0].detail}). Check the connection and the permissions")
+        elif failures and not good and not refusals.count:
             first = self._looked_for(lines)
             self._note(f"not one image is there; the first was looked for at {first}. Check root= and dataset=")
         elif missing > good:

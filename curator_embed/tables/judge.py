@@ -251,7 +251,7 @@ def judge_in_place(there: Stored, asked: Asked, facts: Facts) -> Judgement:
     if status.kind is not None:
         return refused(status.kind, status.why)
     if asked.wanted and not asked.overwrite and _foreign_errors(there.schema, footer):
-        return refused(ConflictKind.FOREIGN_COLUMN, f"column '{ERROR_COLUMN}' {_DOES_NOT_SAY}")
+        return refused(ConflictKind.FOREIGN_COLUMN, f"column '{ERROR_COLUMN}' {_DOES_NOT_SAY}", _ERRORS_ANEW)
     return Judgement(status.todo, not status.todo, None, footer, there.rows)
 
 
@@ -296,7 +296,8 @@ def judge_output(
     if status.kind is not None:
         conflict = Conflict(status.kind, there.path, f"{status.why}, in the table {table.path}")
     elif asked.wanted and not asked.overwrite and _foreign_errors(table.schema, footer):
-        conflict = Conflict(ConflictKind.FOREIGN_COLUMN, table.path, f"column '{ERROR_COLUMN}' {_DOES_NOT_SAY}")
+        why = f"column '{ERROR_COLUMN}' {_DOES_NOT_SAY}"
+        conflict = Conflict(ConflictKind.FOREIGN_COLUMN, table.path, why, _ERRORS_ANEW)
     notes = [
         f"{table.path}: its column '{name}' is of another run; the new file has its own" for name in status.replaced
     ]
@@ -378,6 +379,7 @@ def _as_tables(output: str) -> str:
 
 
 _DOES_NOT_SAY = "is already there and does not say what made it"
+_ERRORS_ANEW = "Pass overwrite=True to replace it; every run that looks at images writes this column"
 _CHOOSE_IDS = "Choose the id column with id_col="
 _RESTORE_IMAGES = "Restore the images, or leave this shard out"
 _OWN_TABLE = "Leave the output path out to add columns to it, or choose another"

@@ -662,3 +662,60 @@ def test_values_of_rows_without_an_id_are_carried_by_position(tmp_path: Path, wh
     save(saved)
     embed(folder, tmp_path / "out", version=2, overwrite=True)
     assert pq.read_table(tmp_path / "out" / "0.parquet")["number"].to_pylist() == [0, 1, 0]
+
+
+def test_a_table_that_meets_no_image_is_not_filled_with_nulls(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_tar(folder / "0.tar", [(f"{n}.jpg", image) for n, image in enumerate(crops(wheel_photos[0], 3))])
+    pq.write_table(pa.table({"key": list("abc"), "uid": list("012")}), folder / "0.parquet")
+    before = (folder / "0.parquet").read_bytes()
+    with pytest.raises(
+        RunStopped, match=r"no image has an id of the table's column 'key'.*choose another with id_col="
+    ):
+        embed(folder)
+    assert (folder / "0.parquet").read_bytes() == before
+
+
+def test_the_run_that_reads_ids_tells_of_columns_that_were_made_for_others(source: Path) -> None:
+    embed(source)
+    swap_ids(source / "00000.parquet")
+    report = embed(source, column="b")
+    assert any("column 'image_embedding' was made for other ids" in note for note in report.notes)
+    with pytest.raises(UsageError, match=r"other ids.*overwrite=True"):
+        embed(source)
+    assert embed(source, overwrite=True).shards["done"] == 2
+
+
+def test_info_does_not_call_verified_what_does_not_say_what_made_it(source: Path) -> None:
+    embed(source)
+    path = source / "00000.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
+    said = str(describe_dataset(opened(source), "in", "webdataset", verify=True))
+    assert "not verified: 1 file of 2" in said and "all columns" not in said
+
+
+def test_files_that_will_lack_columns_of_the_others_are_told(tmp_path: Path, wheel_photos: list[Path]) -> None:
+    (tmp_path / "photos").mkdir()
+    for number, image in enumerate(crops(wheel_photos[0], 3)):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(image)
+
+    def folder(column: str) -> Any:
+        return save(ColourEmbedder(column)(ImageTextPairDataset.from_folder(tmp_path / "photos")))
+
+    folder("a"), folder("b")
+    (tmp_path / "photos" / "9.jpg").write_bytes(crops(wheel_photos[1], 1)[0])
+    report = folder("a")
+    assert any("finished files also have the columns b" in note for note in report.notes)
+    assert folder("b").shards == {"done": 1, "skipped": 1, "failed": 0, "left": 0}
+
+
+def test_saves_of_assigned_columns_count_the_files_they_write(source: Path) -> None:
+    dataset = opened(source)
+    dataset.metadata["half"] = dataset.metadata["width"] // 2
+    report = save(dataset)
+    assert report.shards == {"done": 2, "skipped": 0, "failed": 0, "left": 0}
+    other = opened(source)
+    other.metadata["half"] = other.metadata["width"] // 3
+    with pytest.raises(RunStopped, match=r"none of the 2 shards|2 of 2"):
+        save(other)

@@ -256,3 +256,61 @@ def test_a_model_that_broke_and_cannot_be_loaded_again_is_said_to_break() -> Non
     broke(judge, "a", 1)
     [end] = judge.nobody_able(Refusal("a", "node", "RuntimeError: no GPU", had_begun=False))
     assert isinstance(end, EndRun) and "breaks down whatever it works on" in end.why and not judge.hopeless
+
+
+def test_a_finished_shard_begins_both_counts_anew() -> None:
+    judge = Blame()
+    for _ in range(2):
+        for number in range(KILLS_IN_A_ROW + 4 - 1):
+            assert judge.died([number], under_way=4) == []
+        judge.finished()
+    for number in range(KILLS_IN_A_ROW + 4 - 1):
+        assert judge.died([number], under_way=4) == []
+    assert judge.died([99], under_way=4) != []
+
+    judge = Blame()
+    for begin in (0, 10):
+        for number in range(BREAKS_IN_A_ROW - 1):
+            broke(judge, f"{begin + number}", begin + number)
+        judge.finished()
+    for number in range(BREAKS_IN_A_ROW - 1):
+        assert not any(isinstance(decision, EndRun) for decision in broke(judge, f"{20 + number}", 20 + number))
+    assert any(isinstance(decision, EndRun) for decision in broke(judge, "last", 99))
+
+
+def test_a_worker_that_is_left_out_already_is_not_left_out_twice() -> None:
+    judge = Blame()
+    refusal = Refusal("a", "node", "ValueError: no", had_begun=True)
+    assert judge.refused(refusal, Flight((1,)), [1], ["a", "b"], left_out=True) == [TryApart((1,))]
+
+
+def test_a_worker_whose_pipeline_cannot_be_built_is_not_let_in_for_those_that_broke() -> None:
+    judge = Blame()
+    judge.refused(
+        Refusal("a", "node", "RuntimeError: no GPU", had_begun=False), Flight((1,)), [1], ["a"], left_out=False
+    )
+    assert judge.nobody_fit(["a"]) == [] and judge.broke_before is False
+    broke(judge, "b", 1)
+    assert judge.nobody_fit(["a", "b"]) == [LetIn(("b",))] and judge.broke_before is True
+
+
+def test_nothing_is_tried_apart_where_all_are_suspect() -> None:
+    judge = Blame()
+    broke(judge, "a", 1, 2)
+    assert broke(judge, "b", 1, 2) == [LeaveOut("b", "ValueError: no")]
+    assert list(judge.suspects) == [1, 2]
+
+
+def test_only_workers_that_a_shard_broke_are_let_in_when_it_is_set_aside() -> None:
+    judge = Blame()
+    broke(judge, "x", 9)
+    broke(judge, "b", 7, alone=True, fit=["a", "c"])
+    *_, let_in = broke(judge, "a", 7, alone=True, fit=["c"])
+    assert let_in == LetIn(("b", "a"))
+
+
+def test_a_model_that_has_worked_is_waited_for() -> None:
+    judge = Blame()
+    broke(judge, "a", 1)
+    judge.finished()
+    assert judge.nobody_able(Refusal("a", "node", "RuntimeError: no GPU", had_begun=False)) == []

@@ -251,12 +251,35 @@ def stragglers_of(*paces: float) -> Stragglers:
 def test_a_task_is_slow_when_it_takes_twice_as_long_while_threads_are_idle() -> None:
     made, task = stragglers_of(10.0), {"a": Flight((1,), began=0.0), "b": Flight((2, 3), began=0.0)}
     assert made.look(100.0, task, idle=1, workers=2, patience=600) == Slow(), "idle only since now"
-    assert made.look(119.0, task, idle=1, workers=2, patience=600) == Slow()
+    assert made.look(120.0, task, idle=1, workers=2, patience=600) == Slow()
     assert made.look(121.0, task, idle=1, workers=2, patience=600) == Slow(stuck=["a"])
+    assert made.look(140.0, task, idle=1, workers=2, patience=600) == Slow(stuck=["a"])
     assert made.look(141.0, task, idle=1, workers=2, patience=600) == Slow(ask_back=["b"], stuck=["a"])
+    assert made.look(180.0, task, idle=1, workers=2, patience=600) == Slow(ask_back=["b"], stuck=["a"])
     assert made.look(181.0, task, idle=1, workers=2, patience=600) == Slow(ask_back=["b"], stuck=["a", "b"])
     assert made.look(999.0, task, idle=0, workers=2, patience=600) == Slow()
     assert made.look(1000.0, task, idle=1, workers=2, patience=600) == Slow(), "the clock began anew"
+    assert made.look(1019.5, task, idle=1, workers=2, patience=600) == Slow()
+    assert made.look(9999.0, task, idle=1, workers=2, patience=600) == Slow(ask_back=["b"], stuck=["a", "b"])
+
+
+def test_where_units_take_no_time_nothing_is_slow_for_two_seconds() -> None:
+    made, task = stragglers_of(0.1), {"a": Flight((1,), began=0.0)}
+    made.look(0.0, task, idle=1, workers=2, patience=600)
+    assert made.look(2.0, task, idle=1, workers=2, patience=600) == Slow()
+    assert made.look(2.1, task, idle=1, workers=2, patience=600) == Slow(stuck=["a"])
+
+
+def test_the_last_200_tasks_say_how_long_a_unit_takes() -> None:
+    made, task = Stragglers(), {"a": Flight((1,), began=0.0)}
+    for _ in range(101):
+        made.finished(500.0, 5)
+    for _ in range(100):
+        made.finished(20.0, 2)
+    made.look(0.0, task, idle=1, workers=2, patience=600)
+    usual = (100 + 10) / 2
+    assert made.look(2 * usual, task, idle=1, workers=2, patience=600) == Slow()
+    assert made.look(2 * usual + 1, task, idle=1, workers=2, patience=600) == Slow(stuck=["a"])
 
 
 def test_nobody_is_slow_alone_or_as_long_as_nothing_is_finished() -> None:
@@ -269,7 +292,8 @@ def test_nobody_is_slow_alone_or_as_long_as_nothing_is_finished() -> None:
 def test_a_trial_hangs_after_ten_times_the_usual_and_no_sooner_than_one_is_patient() -> None:
     made, task = stragglers_of(10.0), {"a": Flight((1,), alone=True)}
     made.look(0.0, task, idle=1, workers=2, patience=600)
-    assert made.look(599.0, task, idle=1, workers=2, patience=600) == Slow()
+    assert made.look(100.0, task, idle=1, workers=2, patience=0) == Slow()
+    assert made.look(600.0, task, idle=1, workers=2, patience=600) == Slow()
     assert made.look(601.0, task, idle=1, workers=2, patience=600) == Slow(hopeless=["a"])
     assert made.look(101.0, task, idle=1, workers=2, patience=0) == Slow(hopeless=["a"])
 
@@ -328,6 +352,7 @@ def test_what_a_slow_worker_gave_back_goes_to_others() -> None:
     made = Stragglers()
     made.gave_back([4, 5], "b")
     assert made.quicker((4, 9), ["a", "b", "c"]) == {"a", "c"}
+    assert made.quicker((4,), ["a", "b"]) == {"a"}
     assert made.quicker((9,), ["a", "b"]) is None and made.quicker((4,), ["b"]) is None
 
 

@@ -340,7 +340,9 @@ def test_units_that_hang_are_tried_on_other_machines_and_where_there_is_none_on_
     assert attempts({5: ["x", "y"]}, PLACES, PLACES, 3, host)[0].only_on == {"tcp://10.0.0.1:2"}
     assert attempts({5: ["nowhere"]}, PLACES, PLACES, 3, host) == []
     assert len(attempts({n: ["x"] for n in range(9)}, PLACES, PLACES, 3, host)) == 3
-    assert attempts({5: ["x"]}, PLACES, PLACES, -1, host) == []
+    assert attempts({5: ["x"], 6: ["x"]}, PLACES, PLACES, -1, host) == []
+    only = {"tcp://10.0.0.1:1": ["x"]}
+    assert attempts({5: ["x"]}, only, only, 3, host) == [], "nobody else is there"
 
 
 def test_threads_are_idle_where_a_worker_has_fewer_tasks_than_threads() -> None:
@@ -363,6 +365,7 @@ def test_what_waits_for_paused_workers_alone_is_given_up_in_the_end() -> None:
     }  # fmt: skip
     assert stranded.look(0.0, tasks, {"b"}, 10) == (["trial"], []), "told once"
     assert stranded.look(5.0, tasks, {"b"}, 10) == ([], [])
+    assert stranded.look(8.0, tasks, {"b"}, 10) == ([], [])
     assert stranded.look(9.0, tasks, set(), 9) == ([], ["trial"]), "others have nowhere to go"
     assert stranded.look(10.0, tasks, {"b"}, 10) == ([], ["trial", "task"])
     assert stranded.look(11.0, tasks, {"a", "b"}, 10) == ([], [])

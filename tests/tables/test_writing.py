@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import errno
 import os
 import struct
@@ -28,7 +29,9 @@ from curator_embed.tables.writing import (
     TablePlan,
     TargetChanged,
     clear_temporaries,
+    collect_table,
     replacing,
+    takes_no_nulls,
     vectors_to_list_array,
     write_table,
 )
@@ -366,3 +369,147 @@ def test_an_output_that_needs_an_extra_says_which(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingExtra, match=r"curator-embed\[gcs\]"):
         Location.of("gs://bucket/out")
+
+
+# -- what a small fault would change --------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_the_points_at_which_runs_are_killed_in_tests(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[str] = []
+    monkeypatch.setattr("curator_embed.tables.writing.failpoint", passed.append)
+    location = Location.of(str(tmp_path / "0.parquet") if where == "local" else "memory://points/0.parquet")
+    with replacing(location, None) as file:
+        assert passed == ["output.temporary_opened"]
+        file.write(b"new")
+    assert passed == ["output.temporary_opened", "output.temporary_written", "output.replaced"]
+
+
+def test_all_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    with replacing(Location.of(str(tmp_path / "0.parquet")), None) as file:
+        file.write(b"new")
+    assert synced == [3]
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_a_version_that_nobody_read_is_replaced_where_that_is_asked_for(
+    where: str, check: bool, tmp_path: Path
+) -> None:
+    location = Location.of(str(tmp_path / "0.parquet") if where == "local" else f"memory://unread-{check}/0.parquet")
+    location.fs.pipe_file(location.path, b"somebody else's work")
+    if check:
+        with pytest.raises(TargetChanged), replacing(location, None) as file:
+            file.write(b"new")
+    else:
+        with replacing(location, None, check=False) as file:
+            file.write(b"new")
+    assert location.fs.cat_file(location.path) == (b"somebody else's work" if check else b"new")
+
+
+def test_what_is_collected_for_an_object_store_says_whose_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with replacing(Location.of("memory://named/0.parquet"), None):
+        assert [path.name.startswith("curator-embed-") for path in tmp_path.iterdir()] == [True]
+
+
+@pytest.mark.parametrize(("number", "says"), [
+    (errno.ENOSPC, "the disk is full; nothing of this file was left behind"), (errno.EDQUOT, "the disk is full"),
+    (errno.EACCES, "its folder cannot be written to"), (errno.EPERM, "its folder cannot be written to"),
+    (errno.EROFS, "its folder cannot be written to"), (errno.EIO, None),
+])  # fmt: skip
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_what_the_system_says_is_told_with_a_remedy(where: str, number: int, says: str | None, tmp_path: Path) -> None:
+    location = Location.of(str(tmp_path / "0.parquet") if where == "local" else "memory://said/0.parquet")
+    if where == "memory":  # where it is collected may be full; what the store says is the store's
+        folder = f"the disk of {tempfile.gettempdir()}, where it is collected, is full"
+        says = folder if says and says.startswith("the disk") else None
+    with pytest.raises(SourceError if says else OSError) as caught, replacing(location, None):
+        raise OSError(number, "words")
+    assert caught.value.args[0] == number if says is None else says in str(caught.value)
+    if says and "disk" in says:
+        assert str(caught.value).endswith("(TMPDIR names another folder)") is (where == "memory")
+        assert "run the same command again: finished shards are kept" in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), replacing(Location.of(str(tmp_path / "0.parquet")), None):
+        raise ZeroDivisionError
+
+
+def test_only_what_is_ours_is_cleared(tmp_path: Path) -> None:
+    ours = ["a.parquet.tmp-12-ab", "b.tar.tmp-3-cd", "c.parquet.tmp-4"]
+    others = ["a.parquet", "a.parquet.tmp-x1-ab", "a.txt.tmp-12-ab", "a.parquet.tmp-", "tmp-12-ab", "a.parquet.12-ab"]
+    for name in ours + others:
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "d.parquet.tmp-5-ef").mkdir()
+    (tmp_path / "e.parquet.tmp-6-gh").symlink_to("a.parquet")
+    kept = [*others, "d.parquet.tmp-5-ef", "e.parquet.tmp-6-gh"]
+    folder = Location.of(str(tmp_path))
+    assert clear_temporaries(folder, {"b", "z"}) == 1
+    assert not (tmp_path / "b.tar.tmp-3-cd").exists() and (tmp_path / "a.parquet.tmp-12-ab").exists()
+    assert clear_temporaries(folder) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    assert clear_temporaries(Location.of(str(tmp_path / "nowhere"))) == 0
+    assert clear_temporaries(Location.of("memory://temporaries")) == 0
+
+
+def test_which_column_must_have_a_value() -> None:
+    fields = [pa.field("key", pa.string(), nullable=False), pa.field("a", pa.int8()), pa.field("b", pa.int8(), False)]
+    assert takes_no_nulls(pa.schema(fields), "key") == "b"
+    assert takes_no_nulls(pa.schema(fields), "key", ["key", "a"]) == ""
+    assert takes_no_nulls(pa.schema(fields), "b") == "key"
+    fixed = pa.list_(pa.float32(), 2)
+    for kind, refused in (
+        (fixed, False), (pa.struct([("x", pa.int8())]), False), (pa.struct([("x", fixed)]), True),
+        (pa.struct([("y", pa.int8()), ("x", pa.struct([("z", fixed)]))]), True),
+    ):  # fmt: skip
+        assert takes_no_nulls(pa.schema([("key", pa.string()), ("s", kind)]), "key") == ("s" if refused else "")
+
+
+@pytest.mark.parametrize("source", ["file", "memory"])
+@pytest.mark.parametrize("selected", [None, ["key", "b"]])
+def test_a_table_in_memory_is_what_would_be_written(source: str, selected: list[str] | None, tmp_path: Path) -> None:
+    """Row groups of which nothing is kept, some, and all; rows behind; a column anew and a new one."""
+    table = pa.table({"key": list("abcdef"), "a": range(6), "b": [1.5] * 6}).replace_schema_metadata({"mine": "kept"})
+    path, target = Location.of(str(tmp_path / "in.parquet")), Location.of(str(tmp_path / "new" / "out.parquet"))
+    pq.write_table(table, path.path, row_group_size=2)
+    behind = pa.table({"key": ["z"], "a": pa.nulls(1, pa.int64()), "b": pa.nulls(1, pa.float64())})
+    values = pa.array([10, 11, 12, 13, 14, 15, 99])
+    anew = NewColumn(pa.int64(), lambda rows: values.take(pa.array(rows)))
+    plan = TablePlan(
+        path if source == "file" else None, None if source == "file" else table, np.array([2, 3, 5]), behind,
+        np.array([6]), {"b": anew, "c": anew}, Footer(id_col="key"), selected,
+    )  # fmt: skip
+    if source == "file" and selected is not None:
+        plan = dataclasses.replace(plan, appended=behind.select(selected))
+    assert write_table(plan, target, None) == 4
+    written, collected = pq.ParquetFile(target.path).read(), collect_table(plan)
+    assert collected.schema.equals(written.schema, check_metadata=True) and collected.equals(written)
+    assert collected.schema.metadata[b"mine"] == b"kept" and Footer.of(collected.schema) == Footer(id_col="key")
+    wanted = {"key": list("cdfz"), "a": [2, 3, 5, None], "b": [12, 13, 15, 99], "c": [12, 13, 15, 99]}
+    names = ["key", "b", "c"] if selected else ["key", "a", "b", "c"]
+    assert collected.to_pydict() == {name: wanted[name] for name in names}
+
+
+def test_a_shard_without_a_table_of_its_own_is_written_in_row_groups(tmp_path: Path) -> None:
+    count = ROW_GROUP_ROWS + 3
+    target = Location.of(str(tmp_path / "0.parquet"))
+    plan = TablePlan(None, pa.table({"n": range(count)}), np.arange(count), None, NOBODY, {}, Footer())
+    assert write_table(plan, target, None) == count
+    assert [pq.ParquetFile(target.path).metadata.row_group(n).num_rows for n in range(2)] == [ROW_GROUP_ROWS, 3]
+    empty = TablePlan(None, None, NOBODY, None, NOBODY, {}, Footer())
+    assert collect_table(empty).num_rows == 0
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    plan = TablePlan(None, pa.table({"n": [1]}), np.arange(1), None, NOBODY, {}, Footer())
+    with pytest.raises(OSError, match="file"):
+        write_table(plan, Location.of(str(tmp_path / "file" / "0.parquet")), None)

@@ -117,7 +117,7 @@ class ShardRun:
             return None
         table = self.target if self.job.output is None else seen
         if table is None or not table.exists:
-            table = ShardTable.open(path, self.job.storage_options)
+            table = ShardTable.open(path, self.job.storage_options, marked=True)
         if table.stored.damaged:
             raise SourceError(table.stored.path, table.stored.damaged, "Restore it or remove it, then run again")
         if not table.exists:

@@ -61,8 +61,12 @@ class ShardTable:
         self.url, self.location, self.token, self.stored = url, location, token, stored
 
     @classmethod
-    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None) -> ShardTable:
-        """Read a file's footer. One that is not there has no schema, one that cannot be read says why (``damaged``)."""
+    def open(cls, url: str, storage_options: Mapping[str, Any] | None = None, *, marked: bool = False) -> ShardTable:
+        """Read a file's footer. One that is not there has no schema, one that cannot be read says why (``damaged``).
+
+        Args:
+            marked: ask for the file's ``mark`` as well, by which an output knows its input again.
+        """
         location = Location.of(url, storage_options)
         path, token = redact(url), location.token()
         if token is None:
@@ -70,7 +74,7 @@ class ShardTable:
         try:
             with location.open_parquet() as parquet:
                 schema = parquet.schema_arrow
-                rows, mark = parquet.metadata.num_rows, _mark(url, storage_options)
+                rows, mark = parquet.metadata.num_rows, _mark(url, storage_options) if marked else None
                 stored = Stored(path, schema, rows, Footer.of(schema), mark=mark)
         except FileNotFoundError:
             return cls(url, location, None, Stored(path))
@@ -200,6 +204,9 @@ class ShardTable:
     def same_file(self, other: ShardTable) -> bool:
         """Whether both are one file."""
         if self.location.is_local and other.location.is_local:
+            # The inode comes first in a token: most files are told apart without following their paths.
+            if self.token is not None and other.token is not None and self.token[0] != other.token[0]:
+                return False
             return os.path.realpath(self.location.path) == os.path.realpath(other.location.path)
         return type(self.location.fs) is type(other.location.fs) and self.location.path == other.location.path
 
@@ -249,7 +256,7 @@ class Seen:
         """The same with the footer of the table, where only its mark was looked at."""
         if self.table is None or self.table.exists or self.table.stored.damaged:
             return self
-        return replace(self, table=ShardTable.open(self.table.url, storage_options))
+        return replace(self, table=ShardTable.open(self.table.url, storage_options, marked=True))
 
 
 def facts_of(shard: Shard, id_col: str, uncounted: frozenset[str] = frozenset()) -> Facts:
@@ -296,7 +303,7 @@ def look(
         known = Stored(redact(path), rows=made_from["rows"], mark=mark)
         table = ShardTable(path, location, location.token(), known)
         return Seen(there, table, facts, there.same_file(table))
-    table = ShardTable.open(path, storage_options)
+    table = ShardTable.open(path, storage_options, marked=True)
     ids = ""
     if made_from.get("ids") and table.exists and table.stored.rows == made_from.get("rows"):
         with suppress(SourceError):

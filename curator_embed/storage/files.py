@@ -79,7 +79,7 @@ def filesystem(path: str, storage_options: StorageOptions = None) -> tuple[Abstr
 
     Raises:
         MissingExtra: the package for this kind of URL is not installed.
-        UsageError: no file system goes by this protocol, or it refuses the storage options.
+        UsageError: no file system goes by this protocol, it refuses the storage options, or nobody answers.
     """
     import fsspec
     from fsspec.core import url_to_fs
@@ -103,7 +103,7 @@ def filesystem(path: str, storage_options: StorageOptions = None) -> tuple[Abstr
     except ImportError as exc:
         package, extra = _EXTRAS.get(protocol, (f"the fsspec package for {protocol}://", "all"))
         raise MissingExtra(package, extra, f"Reading {protocol}:// paths") from exc
-    except (ValueError, TypeError, KeyError) as exc:
+    except (ValueError, TypeError, KeyError, OSError) as exc:  # some connect at once, and find nobody there
         raise UsageError(f"{redact(path)}: cannot be opened: {redact(str(exc))}") from exc
     return fs, inner
 

@@ -21,6 +21,7 @@ from curator_embed.sources.webdataset import find_shards, index_tars
 from curator_embed.storage.byte_source import open_source, read_all
 from curator_embed.storage.files import (
     exists,
+    filesystem,
     fingerprint,
     is_folder,
     is_remote,
@@ -352,3 +353,8 @@ def test_missing_packages_and_unknown_protocols(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MissingExtra, match=r"curator-embed\[gcs\]") as missing:
         open_source("gs://bucket/0.tar")
     assert str(pickle.loads(pickle.dumps(missing.value))) == str(missing.value)  # as it comes from a worker
+
+
+def test_a_place_where_nobody_answers_is_named() -> None:
+    with pytest.raises(UsageError, match=r"ftp://127\.0\.0\.1:9/photos: cannot be opened: "):
+        filesystem("ftp://127.0.0.1:9/photos")

@@ -449,7 +449,7 @@ class ShardRun:
                 f"'{redact_name(str(row_ids[0]))}', images: '{redact_name(self.keys[0])}'); "
                 "choose another with id_col="
             )
-            self._note(path, self.paired_nothing)
+            self._note(path, f"{self.paired_nothing} and overwrite=True")
         if len(pairing.orphans) and self.limit is None:
             what = "added as rows"
             if self.job.output is None:

@@ -77,6 +77,8 @@ class Own(ImageEmbedder):
 def somebodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """Write somebody's module and import it, as a process that has just been started does."""
     monkeypatch.syspath_prepend(str(tmp_path))
+    # Bytecode is known by the second its source was written in: two modules written in one would be taken for one.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def write_and_import(before: str = "", model: str = "len") -> Any:
         (tmp_path / "somebodys.py").write_text(OWN.format(before=before, model=model))
